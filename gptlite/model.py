@@ -1,0 +1,181 @@
+"""GPTlite: GPT-2's architecture in one file, with grouped queries as the only addition.
+
+Shapes use one letter each: B batch, T time, C channels (n_embd), H heads, D head size (C = H * D), V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gptlite.kv_cache import KVCache, LayerCache
+
+# attention(q, k, v) with q (B, H, Tq, D) and k, v (B, H_kv, Tk, D) -> (B, H, Tq, D); the last query sees every key
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT; the default is the book's teacher, 10.8 M parameters."""
+
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    block_size: int = 256  # the longest context: one learned position for each
+    vocab_size: int = 65
+    n_kv_head: int | None = None  # heads of keys and values; None means n_head, fewer is grouped-query attention
+    dropout: float = 0.0  # on the embedding and on each residual branch, in training only
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide.")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head is {self.n_head}, which n_kv_head = {self.kv_heads} does not divide.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1.")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values, H_kv."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head, D."""
+        return self.n_embd // self.n_head
+
+
+GPT2_SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
+GPT2_XL = GPTConfig(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_size=50257)
+
+
+def causal_mask(Tq: int, Tk: int, device: torch.device | None = None) -> Tensor:
+    """Which of Tk keys each of the *last* Tq positions may see: a boolean rectangle (Tq, Tk), True where it may."""
+    return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention as it is written on paper (Vaswani et al., 2017, equation 1), masked to the past."""
+    H, Tq, D = q.shape[1:]
+    k = k.repeat_interleave(H // k.shape[1], dim=1)  # (B, H_kv, Tk, D) -> (B, H, Tk, D)
+    v = v.repeat_interleave(H // v.shape[1], dim=1)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, Tq, Tk)
+    scores = scores.masked_fill(~causal_mask(Tq, k.shape[2], q.device), -math.inf)
+    return scores.softmax(dim=-1) @ v  # (B, H, Tq, D)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same function through PyTorch's fused `scaled_dot_product_attention`."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    # `is_causal` aligns the *first* query with the first key, so it is right only for a square; one query sees all keys
+    mask = causal_mask(Tq, Tk, q.device) if 1 < Tq < Tk else None
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < Tq == Tk, enable_gqa=grouped)
+
+
+class CausalSelfAttention(nn.Module):
+    """Queries, keys and values from one product, attention over past and present, and a projection back."""
+
+    def __init__(self, config: GPTConfig, attention: Attention):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.attention = attention
+
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H_kv, past + T, D)
+        y = self.attention(q, k, v)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Four times wider, GELU in its tanh form (as GPT-2), and back."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer: each part reads a normalised copy of the residual stream and adds its answer to it."""
+
+    def __init__(self, config: GPTConfig, attention: Attention):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, attention)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """A GPT-2: token and position embeddings, `n_layer` blocks, a final LayerNorm, and a head tied to the embedding."""
+
+    def __init__(self, config: GPTConfig, attention: Attention = sdpa_attention):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, attention) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # tied: one matrix, read twice
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's: normal(0, 0.02), smaller by sqrt(2 n_layer) for what is added to the residual stream."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (CausalSelfAttention, MLP)):  # applied after its children
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, idx: Tensor, cache: "KVCache | None" = None, last_only: bool = False) -> Tensor:
+        """Logits (B, T, V) for the token after each of idx (B, T), given also what `cache` holds of its past.
+
+        With `last_only` the head, the widest matrix, works for the last position alone: logits (B, 1, V).
+        """
+        past, T = 0 if cache is None else cache.length, idx.shape[1]
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens are more than the model's block_size of {self.config.block_size}.")
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.dropout(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layer(i))
+        if cache is not None:
+            cache.advance(T)
+        return self.lm_head(self.ln_f(x[:, -1:] if last_only else x))
+
+    def set_attention(self, attention: Attention) -> "GPT":
+        """The same model computing its attention with another function."""
+        for block in self.h:
+            block.attn.attention = attention
+        return self
+
+    def n_params(self) -> int:
+        """Parameters, the tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())

@@ -1,0 +1,68 @@
+"""Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/): momentum made orthogonal, for matrices.
+
+`torch.optim.Muon` is the same update. This one works from torch 2.6 on, and in the number format that the machine
+multiplies fastest: PyTorch's always orthogonalises in bfloat16, which a CPU without such instructions emulates.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
+    """About U V^T where G = U S V^T, for G (..., m, n): every singular value is brought into [0.7, 1.2].
+
+    Newton-Schulz: X <- (a + b X X^T + c (X X^T)^2) X. Each factor is a polynomial in the small square matrix X X^T,
+    so the factors are multiplied up there and meet the long matrix X only once.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero, so that small singular values grow fastest
+    tall = G.shape[-2] > G.shape[-1]
+    X = G.mT if tall else G  # (..., m, n) with m <= n
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = X @ X.mT  # (..., m, m)
+    eye = torch.eye(gram.shape[-1], dtype=G.dtype, device=G.device)
+    product = eye
+    for _ in range(steps):
+        factor = a * eye + b * gram + c * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    X = product @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, with decoupled weight decay; for two-dimensional parameters only."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype})
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.ndim != 2:
+                raise ValueError(f"Muon takes matrices, but a parameter has the shape {tuple(p.shape)}.")
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update every parameter that has a gradient; matrices of one shape are orthogonalised together."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                updates = torch.stack([self._momentum(p, group["momentum"]) for p in params])
+                updates = orthogonalize(updates.to(group["dtype"])).to(params[0].dtype)
+                rows, columns = params[0].shape
+                for p, update in zip(params, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _momentum(self, p: Tensor, beta: float) -> Tensor:
+        buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        buffer.lerp_(p.grad, 1 - beta)
+        return p.grad.lerp(buffer, beta)  # Nesterov: look one step ahead

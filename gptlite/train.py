@@ -1,0 +1,265 @@
+"""The one training loop of the book: teacher, student and draft, on one process or several.
+
+    python -m gptlite.train teacher
+    torchrun --nproc-per-node 2 -m gptlite.train draft
+
+A run can be killed at any moment: started again, it goes on from its last state exactly.
+"""
+
+import argparse
+import math
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gptlite import checkpoints
+from gptlite.corpus import Corpus, load_corpus, sample_batch, windows
+from gptlite.device import fast_dtype, pick_device
+from gptlite.model import GPT, GPTConfig
+from gptlite.muon import Muon
+
+LossFn = Callable[[torch.nn.Module, Tensor, Tensor], Tensor]  # (model, x (B, T), y (B, T)) -> the mean loss, a scalar
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the learning rate warms up, stays, and falls linearly to nothing (a trapezoid)."""
+
+    steps: int = 2000
+    batch_size: int = 32  # sequences of block_size tokens a step, over all processes
+    optimizer: str = "muon"  # for the blocks' matrices; everything else takes AdamW. Or "adamw" for all
+    lr: float = 0.02  # of the blocks' matrices
+    adamw_lr: float = 2e-3  # of the rest
+    weight_decay: float = 0.1
+    warmup: int = 100
+    decay_from: float = 0.4  # share of the steps after which the learning rate falls
+    clip: float = 1.0  # the largest norm of a gradient
+    seed: int = 0
+
+
+def lr_factor(step: int, train: TrainConfig) -> float:
+    """The learning rate of a step, as a share of the highest one: a trapezoid that ends at 0.02."""
+    start = train.decay_from * train.steps
+    falling = (train.steps - step) / max(1, train.steps - start)
+    return min((step + 1) / train.warmup, 1.0, max(0.02, falling))
+
+
+def next_token_loss(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy in nats of the next token, averaged over B * T positions."""
+    return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, tokens: Tensor, T: int, B: int = 32, loss_fn: LossFn = next_token_loss) -> float:
+    """Mean loss over every whole window of T tokens, each predicted once (see `corpus.windows`); no dropout."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    total = count = 0.0
+    for x, y in windows(tokens, T, B):
+        total += loss_fn(model, x.to(device), y.to(device)).item() * len(x)
+        count += len(x)
+    model.train(was_training)
+    return total / count
+
+
+def make_optimizers(model: GPT, train: TrainConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks and AdamW for the rest, or AdamW for everything."""
+    matrices = [p for p in model.h.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    adamw = {"betas": (0.9, 0.95), "weight_decay": 0.0}
+    if train.optimizer == "muon":
+        # float16 has too few exponent bits for the iteration: a GPU without bfloat16 takes float32
+        return [
+            Muon(matrices, train.lr, 0.95, train.weight_decay, torch.float32 if dtype == torch.float16 else dtype),
+            torch.optim.AdamW(rest, train.adamw_lr, **adamw),
+        ]
+    if train.optimizer == "adamw":
+        groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest}]
+        return [torch.optim.AdamW(groups, train.adamw_lr, **adamw)]
+    raise ValueError(f"the optimizer is {train.optimizer!r}, but must be muon or adamw.")
+
+
+def train(
+    model: GPT,
+    corpus: Corpus,
+    config: TrainConfig,
+    *,
+    loss_fn: LossFn = next_token_loss,
+    state_path: Path | None = None,
+    save_every: int = 100,
+    eval_every: int = 250,
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+    stop_after: int | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place on its device; return a log: "train_loss" per step, "val_loss" [[step, nats]...], "seconds".
+
+    With `state_path` the run is saved there every `save_every` steps, and goes on from there if the file exists; the
+    batches and the dropout of a step depend on the seed and the step alone, so it goes on exactly. Under `torchrun`
+    each process takes its share of every batch. `stop_after` ends early at that step, as a kill would.
+    """
+    device, T = next(model.parameters()).device, model.config.block_size
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if config.batch_size % world:
+        raise ValueError(f"batch_size is {config.batch_size}, which {world} processes do not divide.")
+    optimizers = make_optimizers(model, config, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    log: dict[str, Any] = {"train_loss": [], "val_loss": [], "seconds": 0.0}
+    if state_path and state_path.exists():
+        log = load_state(state_path, model, optimizers, config)
+    runner = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    runner = torch.compile(runner) if compile else runner
+    model.train()
+    first, before, started = len(log["train_loss"]), log["seconds"], time.perf_counter()
+    steps = range(first, min(config.steps, stop_after or config.steps))
+    bar = tqdm(steps, initial=first, total=config.steps, disable=rank > 0, desc="training", unit="step", mininterval=1)
+    for step in bar:
+        x, y = (t[rank::world].to(device) for t in sample_batch(corpus.train, T, config.batch_size, step, config.seed))
+        torch.manual_seed((1_000_003 * config.seed + step) * world + rank)  # of dropout
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_fn(runner, x, y)
+        scaler.scale(loss).backward()
+        _update(model, optimizers, scaler, lr_factor(step, config), config.clip)
+        log["train_loss"].append(round(_mean_over_processes(loss.detach()), 6))
+        if not math.isfinite(log["train_loss"][-1]):
+            raise FloatingPointError(f"the loss is not finite at step {step}; a lower learning rate may help.")
+        log["seconds"] = before + time.perf_counter() - started
+        speed = (step + 1 - first) * config.batch_size * T / (time.perf_counter() - started)
+        bar.set_postfix_str(f"loss {log['train_loss'][-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        last = step + 1 == config.steps
+        if rank == 0 and eval_every and (step + 1) % eval_every == 0 and not last:
+            log["val_loss"].append([step + 1, evaluate(model, corpus.val[: 64 * T + 1], T)])  # a look; the rest at the end
+            tqdm.write(f"step {step + 1}: loss {log['train_loss'][-1]:.4f}, held out {log['val_loss'][-1][1]:.4f}")
+        if rank == 0 and state_path and ((step + 1) % save_every == 0 or last):
+            save_state(state_path, model, optimizers, config, log)
+    model.eval()
+    return log
+
+
+def _update(model: GPT, optimizers: list, scaler: torch.amp.GradScaler, factor: float, clip: float) -> None:
+    """One step of every optimizer at `factor` of its learning rate, from gradients of norm at most `clip`."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+
+
+def _mean_over_processes(loss: Tensor) -> float:
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return loss.item()
+
+
+def save_state(path: Path, model: GPT, optimizers: list, config: TrainConfig, log: dict[str, Any]) -> None:
+    """Write all that a run needs to go on: float32 weights, the optimizers' tensors, the configuration, the log."""
+    tensors = {f"model.{n}": t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    for i, optimizer in enumerate(optimizers):
+        for p, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{p}.{key}": t for key, t in state.items()}
+    info = {"log": log, "train": asdict(config), "config": asdict(model.config)}
+    checkpoints.write_tensors(path, tensors, info)
+
+
+def load_state(path: Path, model: GPT, optimizers: list, config: TrainConfig) -> dict[str, Any]:
+    """Put a saved run back into `model` and `optimizers`, and return its log; refuse a run of another kind.
+
+    The number of steps alone may differ: the run is then prolonged or cut short, its learning rate on the new schedule.
+    """
+    tensors, info = checkpoints.read_tensors(path)
+    for key, mine in (("config", asdict(model.config)), ("train", asdict(replace(config, steps=info["train"]["steps"])))):
+        changed = [f"{k} {info[key].get(k)} -> {v}" for k, v in mine.items() if info[key].get(k) != v]
+        if changed:
+            raise ValueError(f"{path} holds another run ({', '.join(changed)}); delete it to start anew.")
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    checkpoints.load_weights(model, weights, path)
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, t in tensors.items():
+            if name.startswith(f"optimizer.{i}."):
+                p, key = name.split(".")[2:]
+                state.setdefault(int(p), {})[key] = t
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return info["log"]
+
+
+PRESETS = {
+    "teacher": (GPTConfig(), TrainConfig()),
+    "student": (GPTConfig(n_layer=3, n_head=4, n_embd=160), TrainConfig(steps=1500)),  # 1.0 M parameters
+    "draft": (GPTConfig(n_layer=2, n_head=4, n_embd=128), TrainConfig(steps=2000)),  # 0.4 M parameters
+}
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    """The command line: train a preset on a corpus and write assets/checkpoints/NAME.safetensors."""
+    args = _parse(argv)
+    model_config, config = PRESETS[args.preset]
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    config = replace(config, **{k: given[k] for k in asdict(config) if k in given})
+    model_config = replace(model_config, **{k: given[k] for k in asdict(model_config) if k in given})
+    device = pick_device()
+    if "LOCAL_RANK" in os.environ:  # under torchrun
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    corpus = load_corpus(args.corpus)
+    torch.manual_seed(config.seed)
+    model = GPT(replace(model_config, vocab_size=len(corpus.tokenizer))).to(device)
+    dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    out = args.out or checkpoints.FOLDER / f"{args.preset}.safetensors"
+    state = args.state or out.with_name(out.stem + ".state")
+    print(f"{model.n_params():,} parameters on {device} in {dtype}; the run is kept in {state}", file=sys.stderr)
+    options = {"dtype": dtype, "compile": args.compile, "eval_every": args.eval_every, "save_every": args.save_every}
+    log = train(model, corpus, config, state_path=state, **options)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        val_loss = evaluate(model, corpus.val, model.config.block_size)
+        command = shlex.join(["python", "-m", "gptlite.train", *(argv or sys.argv[1:])])
+        machine = {"device": str(device), "cpu": platform.machine(), "torch": torch.__version__, "dtype": str(dtype)}
+        info = {"command": command, "val_loss": val_loss, "train": asdict(config), "log": log, "machine": machine}
+        info |= {"corpus": Path(corpus.name).name, "date": time.strftime("%Y-%m-%d")}
+        checkpoints.save(out, model, corpus.tokenizer, info)
+        print(f"{out}: held-out loss {val_loss:.4f} nats a character, {log['seconds'] / 60:.1f} minutes")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gptlite.train", description=__doc__.splitlines()[0])
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--corpus", default="plays", help="plays, tinyshakespeare, or the path of a text file")
+    for name, kind in (("steps", int), ("batch-size", int), ("optimizer", str), ("lr", float), ("adamw-lr", float)):
+        parser.add_argument(f"--{name}", type=kind, help="default: the preset's")
+    for name, kind in (("weight-decay", float), ("warmup", int), ("decay-from", float), ("seed", int)):
+        parser.add_argument(f"--{name}", type=kind, help="default: the preset's")
+    parser.add_argument("--dropout", type=float, help="default: the preset's")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    has_compiler = bool(shutil.which("c++") or shutil.which("g++") or torch.cuda.is_available())
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=has_compiler)
+    parser.add_argument("--eval-every", type=int, default=250, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--out", type=Path, help="default: assets/checkpoints/PRESET.safetensors")
+    parser.add_argument("--state", type=Path, help="where the unfinished run is kept; default: beside --out")
+    return parser.parse_args(list(argv) if argv is not None else None)
+
+
+if __name__ == "__main__":
+    main()
