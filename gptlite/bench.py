@@ -1,0 +1,208 @@
+"""The one timer of the book: warm-up, synchronisation, medians with their spread, and peak memory."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptlite.device import pick_device, synchronize
+from gptlite.generate import stream
+from gptlite.model import GPT
+
+Fn = Callable[[], Any]
+
+
+def three_digits(value: float) -> str:
+    """A number with three digits that count: 1.23, 12.3, 123; from 1000 on, all of them, in thousands."""
+    decimals = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:,.{decimals}f}"
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit in which a time reads well, as its length in seconds and its name."""
+    return (1.0, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "µs")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median of `times`, and the quartiles `low` and `high` that hold the middle half."""
+
+    median: float
+    low: float
+    high: float
+    times: tuple[float, ...]
+
+    def __str__(self) -> str:
+        unit, name = time_unit(self.median)
+        median, low, high = (three_digits(t / unit) for t in (self.median, self.low, self.high))
+        return f"{median} {name} ({low} to {high})"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times longer one thing took than another: the median and the quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    ratios: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{three_digits(self.median)}x ({three_digits(self.low)} to {three_digits(self.high)})"
+
+
+def timing(times: Sequence[float]) -> Timing:
+    """The `Timing` of times in seconds."""
+    return Timing(*_median_and_quartiles(times), tuple(times))
+
+
+def ratio(a: Timing, b: Timing) -> Ratio:
+    """a / b, round by round, of two timings from one call of `measure_alternately`: the speed-up that b is over a.
+
+    A slow moment of the machine falls on both halves of a round and cancels in their ratio; in a ratio of two medians
+    it would not.
+    """
+    if len(a.times) != len(b.times):
+        raise ValueError(f"the timings have {len(a.times)} and {len(b.times)} rounds, but must have as many each.")
+    ratios = tuple(x / y for x, y in zip(a.times, b.times, strict=True))
+    return Ratio(*_median_and_quartiles(ratios), ratios)
+
+
+def measure(fn: Fn, *, repeats: int = 7, warmup: int = 2, device: torch.device | None = None) -> Timing:
+    """Time `repeats` calls of `fn` after `warmup` calls that are not timed."""
+    return measure_alternately({"fn": fn}, repeats=repeats, warmup=warmup, device=device)["fn"]
+
+
+def measure_alternately(
+    fns: dict[str, Fn], *, repeats: int = 7, warmup: int = 1, device: torch.device | None = None
+) -> dict[str, Timing]:
+    """Time several functions in turns, a b a b ..., so that a drift of the machine falls on all of them alike."""
+    _at_least("repeats", repeats, 1)
+    _at_least("warmup", warmup, 0)
+    device = pick_device() if device is None else torch.device(device)
+    for fn in fns.values():
+        for _ in range(warmup):  # the first calls allocate, compile and fill the caches
+            fn()
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(repeats):
+        for name, fn in fns.items():
+            times[name].append(_seconds(fn, device))
+    return {name: timing(t) for name, t in times.items()}
+
+
+def _seconds(fn: Fn, device: torch.device) -> float:
+    synchronize(device)  # or the clock would start while the GPU still works on what came before
+    start = time.perf_counter_ns()
+    fn()
+    synchronize(device)  # or it would stop when the work is queued, not when it is done
+    return (time.perf_counter_ns() - start) / 1e9
+
+
+@dataclass(frozen=True)
+class GenerationTiming:
+    """Seconds to the first token, seconds for each further token (a run's mean), and seconds in all, over the runs.
+
+    `steps` holds the median seconds of the first, the second, ... token; `batch` is how many sequences grew at once.
+    """
+
+    first: Timing
+    per_token: Timing
+    total: Timing
+    steps: tuple[float, ...]
+    batch: int = 1
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second while decoding, over the whole batch; the prompt's time is not in it."""
+        return self.batch / self.per_token.median
+
+    def __str__(self) -> str:
+        return f"first token {self.first}, then {self.per_token} each: {three_digits(self.tokens_per_second)} tokens/s"
+
+
+def measure_generation(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    make_cache: Callable[[], Any] | None = None,
+    repeats: int = 3,
+) -> GenerationTiming:
+    """Time greedy generation from a prompt (B, T), each run with a fresh cache from `make_cache`, or with none.
+
+    The first token pays for reading the prompt (prefill), the others for one step each (decode): two different costs,
+    which an average over all tokens would mix in proportions that depend on the lengths chosen.
+    """
+    _at_least("max_new_tokens", max_new_tokens, 2)
+    _at_least("repeats", repeats, 1)
+
+    def run(n: int) -> list[float]:
+        cache = make_cache() if make_cache else None
+        synchronize(idx.device)
+        clock = [time.perf_counter_ns()]
+        for _ in stream(model, idx, n, cache, temperature=0):
+            synchronize(idx.device)  # a token counts from when it could be shown
+            clock.append(time.perf_counter_ns())
+        return [(b - a) / 1e9 for a, b in zip(clock, clock[1:], strict=False)]
+
+    run(2)  # warm-up
+    runs = [run(max_new_tokens) for _ in range(repeats)]
+    steps = tuple(_median_and_quartiles(step)[0] for step in zip(*runs, strict=True))
+    first = timing([r[0] for r in runs])
+    per_token = timing([sum(r[1:]) / (max_new_tokens - 1) for r in runs])
+    return GenerationTiming(first, per_token, timing([sum(r) for r in runs]), steps, len(idx))
+
+
+def peak_memory(fn: Fn, device: torch.device | None = None) -> int:
+    """Bytes that PyTorch holds at most during `fn`, above what it held before.
+
+    This counts tensors and the operators' own buffers, whatever allocates through PyTorch; what a library keeps for
+    itself (a matrix product's packed panels) is not seen.
+    """
+    device = pick_device() if device is None else torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fn()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return _highest([e for e in events if e["name"] == "[memory]"])
+
+
+def _highest(events: list[dict[str, Any]]) -> int:
+    """The most bytes live at once, from the profiler's allocations (bytes > 0) and frees (bytes < 0)."""
+    live: dict[int, int] = {}
+    now = highest = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            live[address] = size
+            now += size
+            highest = max(highest, now)
+        else:  # a block that is older than the profile counts for nothing, as it did before
+            now -= live.pop(address, 0)
+    return highest
+
+
+def _median_and_quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, median, high = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    )
+    return median.item(), low.item(), high.item()
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}, but must be at least {least}.")
