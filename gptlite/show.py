@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from gptlite.roofline import Machine
 
-# The hues of Okabe and Ito (2008), which colour-blind readers tell apart, without yellow. Their lightness is chosen so that
-# each stands out 3:1 from a white page and from a dark one (#121212), and each from every other. Black is not among
-# them, because `figure` turns it into the page's own text colour: use "black" for what is to look like text.
+# The hues of Okabe and Ito (2008), which colour-blind readers tell apart, without yellow. Their lightness is chosen so
+# that each stands out 3:1 from a white page and from a dark one (#121212), and each from every other. Black is not
+# among them, because `figure` turns it into the page's own text colour: use "black" for what is to look like text.
 COLORS = {
     "blue": "#006BA8",
     "orange": "#BD8300",
@@ -75,12 +75,16 @@ def figure(fig: "Figure", alt: str, name: str | None = None) -> None:
     """
     import matplotlib.pyplot as plt
 
+    data = {"text/html": figure_html(fig, alt), "text/plain": f"Figure: {alt}"}
+    plt.close(fig)  # else the notebook's own backend would show it a second time
+    _display(data, name)
+
+
+def figure_html(fig: "Figure", alt: str) -> str:
+    """What `figure` displays, as HTML for any page; the same bytes for the same figure."""
     if not alt.strip():
         raise ValueError("alt is empty, but must say in a sentence what the figure shows.")
-    markup = _inline_svg(_svg(fig), alt)
-    plt.close(fig)  # else the notebook's own backend would show it a second time
-    page = f'<figure class="gptlite-figure" style="margin:1em 0">{markup}</figure>'
-    _display({"text/html": page, "text/plain": f"Figure: {alt}"}, name)
+    return f'<figure class="gptlite-figure" style="margin:1em 0">{_inline_svg(_svg(fig), alt)}</figure>'
 
 
 def style() -> None:
