@@ -1,6 +1,7 @@
 """The one timer of the book: warm-up, synchronisation, medians with their spread, and peak memory."""
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -172,6 +173,7 @@ def peak_memory(fn: Fn, device: torch.device | None = None) -> int:
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports each start on standard error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         fn()
     with tempfile.TemporaryDirectory() as folder:

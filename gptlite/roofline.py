@@ -1,0 +1,267 @@
+"""What a step costs in bytes, FLOPs and launches, what a machine can do of each in a second, and so how long it takes.
+
+The roofline (Williams, Waterman and Patterson, 2009): data is moved while arithmetic is done, so the slower of the two
+sets the time. Launching an operator has a price of its own, which rules where the operators are small.
+"""
+
+import json
+import math
+import platform
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from gptlite.bench import measure, three_digits, time_unit
+from gptlite.device import pick_device
+from gptlite.kv_cache import KVCache
+from gptlite.model import GPT, GPTConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes read and written, floating-point operations, and operators launched; costs add up."""
+
+    bytes: int = 0
+    flops: int = 0
+    ops: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops, self.ops + other.ops)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for each byte: what decides whether memory or arithmetic sets the time."""
+        return self.flops / self.bytes
+
+
+def operator_costs(
+    config: GPTConfig,
+    Tq: int,
+    Tk: int,
+    B: int = 1,
+    dtype: torch.dtype = torch.float32,
+    last_only: bool = True,
+    cache: bool = True,
+) -> dict[str, Cost]:
+    """The cost of each operator, over all layers, when the model reads the last Tq of Tk tokens of B sequences.
+
+    An operator reads its inputs and writes its output once, weights included. A multiply-add is 2 FLOPs, and only
+    matrix products count: the rest is below 1%. Attention is one fused operator over the whole rectangle Tq x Tk, as
+    PyTorch's own counter has it; a kernel that skips what the causal mask hides does up to half less when Tq = Tk.
+    """
+    _check(config, Tq, Tk, B)
+    L, C, V, KV = config.n_layer, config.n_embd, config.vocab_size, config.kv_heads * config.head_dim
+    size, tokens = dtype.itemsize, B * Tq
+    last = B if last_only else tokens  # positions whose logits are wanted
+
+    def linear(rows: int, wide: int, out: int, bias: bool = True, times: int = L) -> Cost:
+        numbers = (wide + bias) * out + rows * (wide + out)  # weights once, however many rows; each row in and out
+        return Cost(times * numbers * size, times * 2 * rows * wide * out, times)
+
+    def elementwise(numbers: int, times: int = L) -> Cost:
+        return Cost(times * numbers * size, 0, times)
+
+    gathered = 3 * tokens * C + tokens * C  # token rows: read, written, read again by the sum; the sum written
+    gathered += 3 * Tq * C  # position rows likewise, one set for all sequences
+    indices = 8 * (tokens + 2 * Tq)  # int64: tokens read, positions written and read
+    appended = 2 * 2 * tokens * KV if cache else 0  # new keys and values, read and written into the cache
+    attended = 2 * tokens * C + 2 * B * Tk * KV  # queries in, answers out; all keys and values, once for a group
+    return {
+        "embedding": Cost(gathered * size + indices, 0, 4),
+        "layer_norm": elementwise(2 * C + 2 * tokens * C, 2 * L) + elementwise(2 * C + 2 * last * C, 1),
+        "c_attn": linear(tokens, C, C + 2 * KV),
+        "attention": Cost(L * (appended + attended) * size, L * 4 * B * Tq * Tk * C, L * (3 if cache else 1)),
+        "attn.c_proj": linear(tokens, C, C),
+        "c_fc": linear(tokens, C, 4 * C),
+        "gelu": elementwise(2 * tokens * 4 * C),
+        "mlp.c_proj": linear(tokens, 4 * C, C),
+        "residual": elementwise(3 * tokens * C, 2 * L),  # two numbers in, their sum out
+        "lm_head": linear(last, C, V, bias=False, times=1),
+    }
+
+
+def prefill_cost(config: GPTConfig, T: int, B: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
+    """The cost of reading a prompt of T tokens into a cache, with the logits of its last token alone."""
+    return sum(operator_costs(config, T, T, B, dtype).values(), Cost())
+
+
+def decode_cost(config: GPTConfig, context: int, B: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
+    """The cost of one token with a cache, when `context` tokens, itself included, are attended to."""
+    return sum(operator_costs(config, 1, context, B, dtype).values(), Cost())
+
+
+def naive_cost(config: GPTConfig, context: int, B: int = 1, dtype: torch.dtype = torch.float32) -> Cost:
+    """The cost of one token without a cache: all of `context` is computed anew."""
+    return sum(operator_costs(config, context, context, B, dtype, cache=False).values(), Cost())
+
+
+def _check(config: GPTConfig, Tq: int, Tk: int, B: int) -> None:
+    if B < 1:
+        raise ValueError(f"B is {B}, but must be at least 1.")
+    if not 1 <= Tk <= config.block_size:
+        raise ValueError(f"the context is {Tk} tokens, but must be from 1 to block_size = {config.block_size}.")
+    if not 1 <= Tq <= Tk:
+        raise ValueError(f"there are {Tq} queries, but there must be from 1 to the context's {Tk}.")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine did in calibration: bytes/s, FLOP/s by dtype, and seconds for each operator launched.
+
+    `read_bandwidth` is the roof, the best that any kernel tried reached over memory (`read_kernel` names it). `matvec`
+    holds what decoding's own operator, one row through `F.linear`, reached: pairs of working set and bytes/s.
+    """
+
+    name: str
+    device: str  # "cpu" or "cuda"
+    threads: int
+    read_bandwidth: float
+    read_kernel: str
+    matvec: list[list[float]]
+    flops: dict[str, float]
+    overhead: float
+    date: str
+    torch: str
+
+    @classmethod
+    def calibrate(cls, device: torch.device | None = None, quick: bool = False) -> "Machine":
+        """Measure this machine, in about 10 seconds, or 3 if `quick`, which is rougher."""
+        device = pick_device() if device is None else torch.device(device)
+        repeats = 3 if quick else 15
+        with torch.inference_mode():
+            overhead = _overhead(device, repeats)
+            read_bandwidth, read_kernel = _read_bandwidth(device, repeats)
+            matvec = _matvec(device, repeats, 0.0 if device.type == "cuda" else overhead)
+            flops = {name: _gemm(getattr(torch, name), device) for name in ("float32", "bfloat16", "float16")}
+        found = (read_bandwidth, read_kernel, matvec, flops, overhead)
+        return cls(_name(device), device.type, torch.get_num_threads(), *found, time.strftime("%Y-%m-%d"), torch.__version__)
+
+    def matvec_bandwidth(self, working_set: float) -> float:
+        """Bytes/s at which `F.linear` streams weights for one row, if `working_set` bytes pass between two uses of one.
+
+        What fits into the processor's cache is read again from there, faster than memory gives it. Interpolated
+        over the logarithm of the size; outside the sizes measured, the nearest.
+        """
+        sizes, rates = zip(*self.matvec, strict=True)
+        i = bisect_right(sizes, working_set)
+        if i in (0, len(sizes)):
+            return rates[min(i, len(sizes) - 1)]
+        share = math.log(working_set / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
+        return rates[i - 1] + share * (rates[i] - rates[i - 1])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Machine":
+        """What `to_json` wrote; a ValueError says what is wrong with anything else."""
+        try:
+            return cls(**json.loads(text))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"this is not a machine's calibration ({error}).") from None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds predicted, the three terms they are made of, and the largest of these: the one that `binds`."""
+
+    seconds: float
+    memory: float
+    compute: float
+    overhead: float
+    binds: str
+
+    def __str__(self) -> str:
+        unit, name = time_unit(self.seconds)
+        return f"{three_digits(self.seconds / unit)} {name}, bound by {self.binds}"
+
+
+def predict(
+    cost: Cost, machine: Machine, dtype: torch.dtype = torch.float32, bandwidth: float | None = None
+) -> Prediction:
+    """How long `cost` takes on `machine` at best; sharper with the `bandwidth` of the operators that do the work."""
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in machine.flops:
+        raise ValueError(f"{machine.name} is not calibrated for {kind}; it is for {', '.join(machine.flops)}.")
+    memory = cost.bytes / (bandwidth or machine.read_bandwidth)
+    compute = cost.flops / machine.flops[kind]
+    overhead = cost.ops * machine.overhead
+    terms = {"memory": memory, "compute": compute, "overhead": overhead}
+    # a CPU launches and works in turns; a GPU works through a queue that is filled ahead of it, so the two overlap
+    work = max(memory, compute)
+    seconds = max(overhead, work) if machine.device == "cuda" else overhead + work
+    return Prediction(seconds, memory, compute, overhead, max(terms, key=terms.__getitem__))
+
+
+def _overhead(device: torch.device, repeats: int) -> float:
+    """Seconds an operator takes when it has next to nothing to do: a tiny model's step, shared among its operators."""
+    config = GPTConfig(n_layer=4, n_head=1, n_embd=8, block_size=8, vocab_size=8)
+    model, token = GPT(config).to(device).eval(), torch.zeros(1, 1, dtype=torch.long, device=device)
+    cache = KVCache(config, device=device)
+
+    def steps() -> None:
+        for _ in range(20):
+            cache.rewind(0)
+            model(token, cache)
+
+    return measure(steps, repeats=repeats, device=device).median / 20 / decode_cost(config, 1).ops
+
+
+def _read_bandwidth(device: torch.device, repeats: int) -> tuple[float, str]:
+    """Bytes/s of the fastest kernel found over a buffer that no cache holds, and its name."""
+    # ones, since pages of zeros that were never written are one and the same page, and are read from cache
+    floats = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)  # 1 GiB or 256 MiB
+    whole, matrix, row = floats.view(torch.int64), floats.view(-1, 8192), torch.ones(8192, device=device)
+    kernels: dict[str, Callable[[], object]] = {
+        "float32 sum": floats.sum,
+        "int64 sum": whole.sum,
+        "int64 max": whole.max,
+        "matrix times vector": lambda: matrix @ row,
+    }
+    best = {name: min(measure(fn, repeats=repeats, device=device).times) for name, fn in kernels.items()}
+    name = min(best, key=best.__getitem__)
+    return floats.nbytes / best[name], name
+
+
+def _matvec(device: torch.device, repeats: int, overhead: float) -> list[list[float]]:
+    """[bytes, bytes/s] of `F.linear` on one row, through ever more matrices in turn, without the launches."""
+    n = 4096 if device.type == "cuda" else 768  # 64 MiB and 2.25 MiB
+    row, bias, result = torch.ones(1, n, device=device), torch.ones(n, device=device), []
+    matrices = [torch.ones(n, n, device=device) for _ in range(16 if device.type == "cuda" else 128)]
+    for count in (2**i for i in range(len(matrices).bit_length())):
+        used = matrices[:count] * max(1, 8 // count)  # small sets several times, so that there is something to time
+
+        def read(used: list[torch.Tensor] = used) -> None:
+            for weight in used:
+                F.linear(row, weight, bias)
+
+        seconds = measure(read, repeats=repeats, device=device).median - len(used) * overhead
+        result.append([count * row.nbytes * n, len(used) * row.nbytes * n / seconds])
+    return result
+
+
+def _gemm(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a square matrix product, the largest of at most 8192 that stays under about 0.1 seconds.
+
+    It starts small: a processor without instructions for `dtype` may emulate it, hundreds of times slower.
+    """
+    n, seconds = 64, 0.0
+    while seconds < 0.01 and n < 8192:
+        n *= 2
+        a = torch.ones(n, n, dtype=dtype, device=device)
+        seconds = min(measure(lambda a=a: a @ a, repeats=5, device=device).times)
+    return 2 * n**3 / seconds
+
+
+def _name(device: torch.device) -> str:
+    """The processor as it calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
