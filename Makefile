@@ -1,0 +1,64 @@
+# `make help` says what there is. Nothing but python3 (3.10 or newer) and make is assumed.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+NB ?=
+PORT ?= 8000
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+SITE := _build/html
+# a measurement shares its cores with nobody: no parallel tests beside the notebooks
+PYTEST := $(PY) -m pytest
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=900
+
+export PIP_ARGS
+export JUPYTER_PLATFORM_DIRS = 1
+
+.DEFAULT_GOAL := help
+.PHONY: book test check run execute lab serve clean help venv
+
+help: ## this list
+	@echo "GPTlite: make TARGET"
+	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' Makefile | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "Another Python: make book PYTHON=python3.12.  Options for pip: PIP_ARGS='...'."
+
+venv: $(READY) ## make .venv from requirements.txt and install gptlite in it (the other targets do so themselves)
+
+$(READY): requirements.txt pyproject.toml scripts/make_venv.py
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "make: there is no $(PYTHON) here; install Python 3.10 or newer, or name one with PYTHON=..."; exit 1; }
+	@$(PYTHON) scripts/make_venv.py $(VENV)
+	@touch $(READY)
+
+book: $(READY) ## build the site, warnings as errors, and print the page to open
+	@echo "Building the book"
+	@$(PY) scripts/build_book.py $(SITE)
+
+test: $(READY) ## every test: unit, notebooks re-executed, built site, browser (needs Chromium)
+	@$(MAKE) --no-print-directory book
+	$(PY) scripts/check_notebooks.py
+	$(PYTEST) $(NBVAL) tests notebooks
+
+check: $(READY) ## unit tests and notebook checks alone, in under 2 minutes
+	$(PY) -m ruff check .
+	$(PY) scripts/check_notebooks.py
+	$(PYTEST) -m "not site and not browser and not notebook and not slow" tests
+
+run: $(READY) ## re-execute one notebook in place: make run NB=kv_cache
+	@test -n "$(NB)" || { echo "make: name a notebook: make run NB=kv_cache"; exit 1; }
+	$(PY) scripts/run_notebooks.py $(NB)
+
+execute: $(READY) ## re-execute every notebook in place
+	$(PY) scripts/run_notebooks.py
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+serve: book ## build the site and serve it on this machine, at PORT (8000)
+	@$(PY) scripts/serve.py $(SITE) $(PORT)
+
+clean: ## delete what the build made; .venv stays (rm -r .venv deletes it)
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis .import_linter_cache gptlite.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

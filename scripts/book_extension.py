@@ -1,0 +1,210 @@
+"""A Sphinx extension with what this book adds to Jupyter Book: computed facts on pages without code, MathJax, addresses.
+
+No number is typed by hand: `{trained}` and the two directives read the checkpoints and the recorded results.
+"""
+
+import importlib.util
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+from safetensors import safe_open
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+from sphinx.util.docutils import SphinxRole
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = ROOT / "assets" / "checkpoints"
+RESULTS = ROOT / "assets" / "results"
+
+
+def checkpoint_info(name: str) -> dict[str, Any]:
+    """What a checkpoint says of itself: the `info` of `gptlite.checkpoints`, read without its tensors."""
+    path = CHECKPOINTS / f"{name}.safetensors"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in CHECKPOINTS.glob("*.safetensors"))) or "none"
+        raise ExtensionError(f"no checkpoint is called {name!r}; known are {known}")
+    with safe_open(path, framework="numpy") as file:
+        info = json.loads(file.metadata()["info"])
+        info["parameters"] = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return info
+
+
+def facts(name: str) -> dict[str, str]:
+    """The facts of a checkpoint that a page may quote, as text."""
+    info = checkpoint_info(name)
+    train, config = info["train"], info["config"]
+    tokens = train["steps"] * train["batch_size"] * config["block_size"]
+    machine = info["machine"]
+    return {
+        "loss": f"{info['val_loss']:.3f}",
+        "bits": f"{info['val_loss'] / math.log(2):.3f}",
+        "parameters": f"{info['parameters'] / 1e6:.1f} M",
+        "steps": f"{train['steps']:,}",
+        "batch": f"{train['batch_size']} x {config['block_size']}",
+        "tokens": f"{tokens / 1e6:.1f} M",
+        "tokens_per_parameter": f"{tokens / info['parameters']:.1f}",
+        "warmup": f"{train['warmup']}",
+        "decay_from": f"{100 * train['decay_from']:.0f}%",
+        "lr": f"{train['lr']:g}",
+        "adamw_lr": f"{train['adamw_lr']:g}",
+        "weight_decay": f"{train['weight_decay']:g}",
+        "dropout": f"{config['dropout']:g}",
+        "minutes": f"{info['log']['seconds'] / 60:.0f}",
+        "corpus": info["corpus"],
+        "machine": f"{machine['device']} ({machine['cpu']}), torch {machine['torch']}, {machine['dtype'].split('.')[-1]}",
+        "date": info["date"],
+        "command": info["command"],
+    }
+
+
+class TrainedRole(SphinxRole):
+    """{trained}`teacher loss`: one fact of a checkpoint."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The fact as text, or as code if it is a command."""
+        name, _, fact = self.text.partition(" ")
+        known = facts(name)
+        if fact not in known:
+            raise ExtensionError(f"{name} has no fact {fact!r}; known are {', '.join(known)}")
+        self.env.note_dependency(str(CHECKPOINTS / f"{name}.safetensors"))
+        kind = nodes.literal if fact == "command" else nodes.inline
+        return [kind(known[fact], known[fact])], []
+
+
+class MarkdownDirective(Directive):
+    """A directive whose content is Markdown that a function of this module computes."""
+
+    has_content = False
+    optional_arguments = 1
+    final_argument_whitespace = True
+
+    def markdown(self) -> list[str]:
+        """The lines to show."""
+        raise NotImplementedError
+
+    def run(self) -> list[nodes.Node]:
+        """The parsed lines."""
+        container = nodes.container()
+        self.state.nested_parse(StringList(self.markdown(), source=type(self).__name__), self.content_offset, container)
+        return container.children
+
+
+class Checkpoints(MarkdownDirective):
+    """```{checkpoints}```: a table of every checkpoint that comes with the book."""
+
+    def markdown(self) -> list[str]:
+        """One row a checkpoint, and the commands below."""
+        names = sorted((p.stem for p in CHECKPOINTS.glob("*.safetensors")), key=lambda n: -checkpoint_info(n)["parameters"])
+        rows = {name: facts(name) for name in names}
+        lines = ["| | parameters | corpus | tokens seen | nats a character, held out | bits | minutes |"]
+        lines.append("|:--|--:|:--|--:|--:|--:|--:|")
+        for name, f in rows.items():
+            cells = [f"`{name}`", f["parameters"], f["corpus"], f["tokens"], f["loss"], f["bits"], f["minutes"]]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", "Each was made by one command:", "", "```bash"]
+        for f in rows.values():
+            lines += [f"# {f['corpus']}, {f['machine']}, {f['date']}", f["command"]]
+        return [*lines, "```"]
+
+
+class TrainingCurve(Directive):
+    """```{training-curve} teacher```: the losses that a checkpoint's log holds, drawn."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The figure as inline SVG in the page's own text colour."""
+        return [nodes.raw("", training_curve(self.arguments[0]), format="html")]
+
+
+def training_curve(name: str) -> str:
+    """An HTML figure of training and held-out loss over the steps."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    from gptlite import show
+
+    info = checkpoint_info(name)
+    log, steps = info["log"], info["train"]["steps"]
+    losses = log["train_loss"]
+    show.style()
+    fig, ax = plt.subplots(figsize=(6.2, 3.2))
+    window = max(1, steps // 100)
+    smooth = [sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+    ax.plot(range(1, len(losses) + 1), smooth, color=show.COLORS["blue"], label=f"training, mean of {window} steps")
+    held_out = [*log["val_loss"], [steps, info["val_loss"]]]
+    ax.plot(*zip(*held_out, strict=True), "o-", color=show.COLORS["orange"], label="held out")
+    fall = info["train"]["decay_from"] * steps
+    ax.axvspan(fall, steps, color="black", alpha=0.06, lw=0)
+    ax.text(fall, 0.02, " learning rate falls", transform=ax.get_xaxis_transform(), fontsize=9, va="bottom")
+    ax.set(xlabel="step", ylabel="loss, nats a character", xlim=(0, steps * 1.01))
+    low = min(losses[-1], info["val_loss"])
+    ax.set_ylim(low - 0.15, min(max(losses), low + 1.6))
+    ax.legend()
+    alt = (
+        f"Loss of {name} over {steps} training steps: training and held-out loss fall together, faster again once the "
+        f"learning rate falls from step {fall:.0f} on; the held-out loss ends at {info['val_loss']:.3f} nats a character."
+    )
+    markup = show._inline_svg(show._svg(fig), alt)
+    plt.close(fig)
+    return f'<figure class="gptlite-figure">{markup}</figure>'
+
+
+class RecordedResults(MarkdownDirective):
+    """```{recorded-results}```: every measurement in assets/results, a section for each machine."""
+
+    def markdown(self) -> list[str]:
+        """A table for each machine and each command that measured."""
+        lines: list[str] = []
+        for path in sorted(RESULTS.glob("*.json")):
+            lines += results_of_machine(json.loads(path.read_text()))
+        return lines or ["No results have been recorded yet."]
+
+
+def results_of_machine(record: dict[str, Any]) -> list[str]:
+    """The Markdown of one file of assets/results."""
+    raise NotImplementedError
+
+
+def set_addresses(app: Sphinx, config: Any) -> None:
+    """Where the site will be: on the pages of the repository that `_config.yml` names, unless it is said elsewhere."""
+    owner, repository = config.html_theme_options["repository_url"].rstrip("/").split("/")[-2:]
+    site = f"https://{owner.lower()}.github.io/{repository}/"
+    config.html_baseurl = config.html_baseurl or site
+    config.ogp_site_url = config.ogp_site_url or config.html_baseurl
+
+
+def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Put MathJax beside the pages, so that reading asks no other host: one script and its fonts, of 24 MB shipped."""
+    if error or app.builder.format != "html":
+        return
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if spec is None or spec.origin is None:
+        raise ExtensionError("MathJax is missing; pip install sphinx-mathjax-offline")
+    source, target = Path(spec.origin).parent / "static" / "mathjax", Path(app.outdir) / "_static" / "mathjax"
+    fonts = "output/chtml/fonts/woff-v2"
+    shutil.copytree(source / fonts, target / fonts, dirs_exist_ok=True)
+    shutil.copy(source / "tex-chtml.js", target)
+    extensions = "input/tex/extensions"  # TeX packages that a formula asks for by using them
+    shutil.copytree(source / extensions, target / extensions, dirs_exist_ok=True)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    sys.path.insert(0, str(ROOT))
+    app.add_role("trained", TrainedRole())
+    app.add_directive("checkpoints", Checkpoints)
+    app.add_directive("training-curve", TrainingCurve)
+    app.add_directive("recorded-results", RecordedResults)
+    app.connect("config-inited", set_addresses, priority=900)
+    app.connect("build-finished", copy_mathjax)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
