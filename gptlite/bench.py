@@ -1,6 +1,7 @@
 """The one timer of the book: warm-up, synchronisation, medians with their spread, and peak memory."""
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -20,9 +21,11 @@ Fn = Callable[[], Any]
 
 
 def three_digits(value: float) -> str:
-    """A number with three digits that count: 1.23, 12.3, 123; from 1000 on, all of them, in thousands."""
-    decimals = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:,.{decimals}f}"
+    """A number with three digits that count: 0.0123, 1.23, 123; from 1000 on, all of them, in thousands."""
+    if not value:
+        return "0"
+    exponent = math.floor(math.log10(abs(float(f"{value:.2e}"))))  # of the rounded value: 9.999 is 10.0
+    return f"{value:.2e}" if exponent < -4 else f"{value:,.{max(0, 2 - exponent)}f}"
 
 
 def time_unit(seconds: float) -> tuple[float, str]:

@@ -139,7 +139,9 @@ class Machine:
             matvec = _matvec(device, repeats, 0.0 if device.type == "cuda" else overhead)
             flops = {name: _gemm(getattr(torch, name), device) for name in ("float32", "bfloat16", "float16")}
         found = (read_bandwidth, read_kernel, matvec, flops, overhead)
-        return cls(_name(device), device.type, torch.get_num_threads(), *found, time.strftime("%Y-%m-%d"), torch.__version__)
+        return cls(
+            _name(device), device.type, torch.get_num_threads(), *found, time.strftime("%Y-%m-%d"), torch.__version__
+        )
 
     def matvec_bandwidth(self, working_set: float) -> float:
         """Bytes/s at which `F.linear` streams weights for one row, if `working_set` bytes pass between two uses of one.
@@ -263,5 +265,7 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    names = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
     return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()

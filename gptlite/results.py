@@ -1,0 +1,142 @@
+"""Recorded measurements, one file a machine in assets/results, and the table that sets a reader's beside them."""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gptlite.bench import Ratio, Timing, three_digits, time_unit
+from gptlite.roofline import Machine
+
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "results"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured number with its quartiles, and what must stand beside a number: unit, command, date, context."""
+
+    metric: str  # what was measured, as the table prints it; it names the measurement within its machine's file
+    value: float
+    low: float
+    high: float
+    unit: str  # "s", "bytes", "x" for a ratio, or any other, such as "tokens/s"
+    command: str = ""  # what to run to measure it again
+    date: str = ""
+    torch: str = ""
+    context: dict[str, Any] = field(default_factory=dict)  # dtype, batch, context length, ...
+
+    def __post_init__(self):
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                raise ValueError(f"the {name} of {self.metric!r} is {number!r}, but must be a finite number.")
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"{self.metric!r} has {self.value} outside its spread, {self.low} to {self.high}.")
+        if not all(isinstance(text, str) and text for text in (self.metric, self.unit)):
+            raise ValueError(
+                f"a measurement has metric {self.metric!r} and unit {self.unit!r}, but both must be names."
+            )
+
+
+def measurement(
+    metric: str, measured: Timing | Ratio | float, unit: str = "", command: str = "", **context: Any
+) -> Measurement:
+    """A `Measurement` of a timing (in seconds), of a ratio, or of a number without spread, whose unit must be given."""
+    if isinstance(measured, (Timing, Ratio)):
+        unit = unit or ("s" if isinstance(measured, Timing) else "x")
+        value, low, high = measured.median, measured.low, measured.high
+    else:
+        value = low = high = measured
+    return Measurement(metric, value, low, high, unit, command, context=context)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A machine, as calibrated when it was last recorded, and its measurements by metric."""
+
+    machine: Machine
+    measurements: dict[str, Measurement]
+
+
+def machine_title(machine: Machine) -> str:
+    """The machine in a table's heading: processor and threads, or GPU."""
+    return machine.name if machine.device == "cuda" else f"{machine.name}, {machine.threads} threads"
+
+
+def record(machine: Machine, measurements: Iterable[Measurement], folder: Path = FOLDER) -> Path:
+    """Add measurements to the machine's file, each in the place of an older one of its metric; return the file's path.
+
+    The file appears whole or not at all; today's date and the torch release are written beside each measurement.
+    """
+    path = folder / (re.sub(r"[^a-z0-9]+", "-", machine_title(machine).lower()).strip("-") + ".json")
+    known = _read(path).measurements if path.exists() else {}
+    stamp = {"date": time.strftime("%Y-%m-%d"), "torch": machine.torch}
+    known |= {m.metric: replace(m, **stamp) for m in measurements}
+    content = {"machine": asdict(machine), "measurements": [asdict(m) for m in known.values()]}
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def load(folder: Path = FOLDER) -> dict[str, Results]:
+    """All recorded results by the stem of their file; a ValueError names a file that is broken, and what is wrong."""
+    return {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def _read(path: Path) -> Results:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machine = Machine.from_json(json.dumps(content["machine"]))
+        measurements = [Measurement(**m) for m in content["measurements"]]
+    except KeyError as error:
+        raise ValueError(f"{path} is not a results file (it has no {error}).") from None
+    except (ValueError, TypeError) as error:  # broken JSON and broken UTF-8 are ValueErrors
+        raise ValueError(f"{path} is not a results file ({error}).") from None
+    by_metric = {m.metric: m for m in measurements}
+    if len(by_metric) < len(measurements):
+        raise ValueError(f"{path} is not a results file (a metric is in it twice).")
+    return Results(machine, by_metric)
+
+
+def table(machine: Machine, measurements: Iterable[Measurement], recorded: dict[str, Results] | None = None) -> str:
+    """A Markdown table of measurements made here beside the same metrics in the book's records.
+
+    A column for each recorded machine that has one of them, and in it how many times as much was measured here.
+    """
+    here = {m.metric: m for m in measurements}
+    recorded = load() if recorded is None else recorded
+    others = [r for r in recorded.values() if here.keys() & r.measurements.keys()]
+    rows = [["", f"here: {machine_title(machine)}", *(machine_title(r.machine) for r in others)]]
+    rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
+    for metric, mine in here.items():
+        cells = [metric, quantity(mine.value, mine.unit)]
+        for other in (r.measurements.get(metric) for r in others):
+            cells.append(_beside(mine, other) if other else "not recorded")
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+
+
+def _beside(mine: Measurement, other: Measurement) -> str:
+    if mine.unit != other.unit:
+        raise ValueError(f"{mine.metric!r} is in {mine.unit} here, but was recorded in {other.unit}.")
+    there = quantity(other.value, other.unit)
+    return f"{there} (here {three_digits(mine.value / other.value)}x)" if other.value else there
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number and its unit as the book prints them: "12.3 ms", "4.72 MB", "5.30x", "24.1 tokens/s"."""
+    if unit == "s":
+        scale, unit = time_unit(value)
+    elif unit == "bytes":
+        scale, unit = next(((s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= s), (1, "bytes"))
+    else:
+        scale = 1
+    text = f"{value:,}" if isinstance(value, int) and scale == 1 else three_digits(value / scale)
+    return text + unit if unit == "x" else f"{text} {unit}"
