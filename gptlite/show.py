@@ -152,7 +152,8 @@ def _inline_svg(svg: str, alt: str) -> str:
         r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", body, flags=re.DOTALL
     )
     body = re.sub(r"<[^>]+>", lambda tag: _tidy(tag[0]), body)
-    body = re.sub(r">\s+<", "><", body)
+    body = re.sub(r">\s+<", "><", body.strip())
+    body = re.sub(r'<path d="[^"]*" style="fill: none"/>', "", body)  # the transparent background of figure and axes
     body = _unique_ids(body)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(alt)}" '

@@ -48,6 +48,7 @@ def execute(notebook: NotebookNode, folder: Path, timeout: float = 900, progress
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
         store_widget_state=False,
