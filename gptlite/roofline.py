@@ -6,20 +6,18 @@ sets the time. Launching an operator has a price of its own, which rules where t
 
 import json
 import math
-import platform
 import time
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from gptlite.bench import measure, three_digits, time_unit
+from gptlite import calibration
+from gptlite.bench import three_digits, time_unit
 from gptlite.device import pick_device
-from gptlite.kv_cache import KVCache
-from gptlite.model import GPT, GPTConfig
+from gptlite.model import GPTConfig
+
+CALIBRATED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -128,19 +126,38 @@ class Machine:
     date: str
     torch: str
 
+    def __post_init__(self):
+        rates = {"read_bandwidth": self.read_bandwidth, "overhead": self.overhead, **self.flops}
+        rates |= {"threads": self.threads} | {f"matvec at {size} bytes": rate for size, rate in self.matvec}
+        for name, rate in rates.items():
+            if not 0 < rate < math.inf:
+                raise ValueError(f"{name} is {rate}, but must be above 0.")
+        if not self.matvec:
+            raise ValueError("matvec is empty, but must hold at least one pair of a working set and its bandwidth.")
+
     @classmethod
     def calibrate(cls, device: torch.device | None = None, quick: bool = False) -> "Machine":
-        """Measure this machine, in about 10 seconds, or 3 if `quick`, which is rougher."""
+        """Measure this machine: seconds, of which `quick` saves most and is rougher; other work under way spoils it."""
         device = pick_device() if device is None else torch.device(device)
-        repeats = 3 if quick else 15
+        repeats = 3 if quick else 25
+        tiny = GPTConfig(n_layer=4, n_head=1, n_embd=8, block_size=8, vocab_size=8)  # next to nothing but launches
         with torch.inference_mode():
-            overhead = _overhead(device, repeats)
-            read_bandwidth, read_kernel = _read_bandwidth(device, repeats)
-            matvec = _matvec(device, repeats, 0.0 if device.type == "cuda" else overhead)
-            flops = {name: _gemm(getattr(torch, name), device) for name in ("float32", "bfloat16", "float16")}
-        found = (read_bandwidth, read_kernel, matvec, flops, overhead)
+            overhead = calibration.step_seconds(tiny, device, repeats) / decode_cost(tiny, 1).ops
+            bandwidth, kernel = calibration.read_bandwidth(device, repeats)
+            # a GPU's launches run ahead of its work and are not in its times
+            matvec = calibration.matvec_bandwidths(device, repeats, 0.0 if device.type == "cuda" else overhead)
+            flops = {name: calibration.gemm_rate(getattr(torch, name), device) for name in CALIBRATED_DTYPES}
         return cls(
-            _name(device), device.type, torch.get_num_threads(), *found, time.strftime("%Y-%m-%d"), torch.__version__
+            name=calibration.processor_name(device),
+            device=device.type,
+            threads=torch.get_num_threads(),
+            read_bandwidth=bandwidth,
+            read_kernel=kernel,
+            matvec=matvec,
+            flops=flops,
+            overhead=overhead,
+            date=time.strftime("%Y-%m-%d"),
+            torch=torch.__version__,
         )
 
     def matvec_bandwidth(self, working_set: float) -> float:
@@ -164,7 +181,7 @@ class Machine:
         """What `to_json` wrote; a ValueError says what is wrong with anything else."""
         try:
             return cls(**json.loads(text))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a machine's calibration ({error}).") from None
 
 
@@ -198,74 +215,3 @@ def predict(
     work = max(memory, compute)
     seconds = max(overhead, work) if machine.device == "cuda" else overhead + work
     return Prediction(seconds, memory, compute, overhead, max(terms, key=terms.__getitem__))
-
-
-def _overhead(device: torch.device, repeats: int) -> float:
-    """Seconds an operator takes when it has next to nothing to do: a tiny model's step, shared among its operators."""
-    config = GPTConfig(n_layer=4, n_head=1, n_embd=8, block_size=8, vocab_size=8)
-    model, token = GPT(config).to(device).eval(), torch.zeros(1, 1, dtype=torch.long, device=device)
-    cache = KVCache(config, device=device)
-
-    def steps() -> None:
-        for _ in range(20):
-            cache.rewind(0)
-            model(token, cache)
-
-    return measure(steps, repeats=repeats, device=device).median / 20 / decode_cost(config, 1).ops
-
-
-def _read_bandwidth(device: torch.device, repeats: int) -> tuple[float, str]:
-    """Bytes/s of the fastest kernel found over a buffer that no cache holds, and its name."""
-    # ones, since pages of zeros that were never written are one and the same page, and are read from cache
-    floats = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)  # 1 GiB or 256 MiB
-    whole, matrix, row = floats.view(torch.int64), floats.view(-1, 8192), torch.ones(8192, device=device)
-    kernels: dict[str, Callable[[], object]] = {
-        "float32 sum": floats.sum,
-        "int64 sum": whole.sum,
-        "int64 max": whole.max,
-        "matrix times vector": lambda: matrix @ row,
-    }
-    best = {name: min(measure(fn, repeats=repeats, device=device).times) for name, fn in kernels.items()}
-    name = min(best, key=best.__getitem__)
-    return floats.nbytes / best[name], name
-
-
-def _matvec(device: torch.device, repeats: int, overhead: float) -> list[list[float]]:
-    """[bytes, bytes/s] of `F.linear` on one row, through ever more matrices in turn, without the launches."""
-    n = 4096 if device.type == "cuda" else 768  # 64 MiB and 2.25 MiB
-    row, bias, result = torch.ones(1, n, device=device), torch.ones(n, device=device), []
-    matrices = [torch.ones(n, n, device=device) for _ in range(16 if device.type == "cuda" else 128)]
-    for count in (2**i for i in range(len(matrices).bit_length())):
-        used = matrices[:count] * max(1, 8 // count)  # small sets several times, so that there is something to time
-
-        def read(used: list[torch.Tensor] = used) -> None:
-            for weight in used:
-                F.linear(row, weight, bias)
-
-        seconds = measure(read, repeats=repeats, device=device).median - len(used) * overhead
-        result.append([count * row.nbytes * n, len(used) * row.nbytes * n / seconds])
-    return result
-
-
-def _gemm(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a square matrix product, the largest of at most 8192 that stays under about 0.1 seconds.
-
-    It starts small: a processor without instructions for `dtype` may emulate it, hundreds of times slower.
-    """
-    n, seconds = 64, 0.0
-    while seconds < 0.01 and n < 8192:
-        n *= 2
-        a = torch.ones(n, n, dtype=dtype, device=device)
-        seconds = min(measure(lambda a=a: a @ a, repeats=5, device=device).times)
-    return 2 * n**3 / seconds
-
-
-def _name(device: torch.device) -> str:
-    """The processor as it calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()

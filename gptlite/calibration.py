@@ -1,0 +1,89 @@
+"""What this machine can do, measured: the experiments behind `roofline.Machine.calibrate`."""
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from gptlite.bench import measure
+from gptlite.kv_cache import KVCache
+from gptlite.model import GPT, GPTConfig
+
+
+def step_seconds(config: GPTConfig, device: torch.device, repeats: int) -> float:
+    """Seconds of one decoding step of a model: for a tiny one, what it takes to launch its operators."""
+    model, token = GPT(config).to(device).eval(), torch.zeros(1, 1, dtype=torch.long, device=device)
+    cache, steps = KVCache(config, device=device), 20
+
+    def run() -> None:
+        for _ in range(steps):  # many between two synchronisations, which would cost a GPU more than a step
+            cache.rewind(0)
+            model(token, cache)
+
+    return measure(run, repeats=repeats, device=device).median / steps
+
+
+def read_bandwidth(device: torch.device, repeats: int) -> tuple[float, str]:
+    """Bytes/s at best of the fastest kernel found over a buffer that no cache holds, and that kernel's name.
+
+    No single operator is trusted with the roof: which one keeps the memory busy differs from processor to processor.
+    """
+    # ones, since pages of zeros that were never written are all one and the same page, and are read from cache
+    floats = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)  # 1 GiB or 256 MiB
+    integers, matrix, row = floats.view(torch.int64), floats.view(-1, 8192), torch.ones(8192, device=device)
+    kernels: dict[str, Callable[[], object]] = {
+        "float32 sum": floats.sum,
+        "int64 sum": integers.sum,
+        "int64 max": integers.max,
+        "matrix times vector": lambda: matrix @ row,
+    }
+    seconds = {name: min(measure(fn, repeats=repeats, device=device).times) for name, fn in kernels.items()}
+    fastest = min(seconds, key=seconds.__getitem__)
+    return floats.nbytes / seconds[fastest], fastest
+
+
+def matvec_bandwidths(device: torch.device, repeats: int, overhead: float) -> list[list[float]]:
+    """Pairs [bytes, bytes/s] of `F.linear` on one row through ever more matrices in turn, `overhead` s a call left out.
+
+    This is how decoding reads its weights: each matrix once a token, and all others before it comes again. As long as
+    all fit into the processor's cache they are read from there.
+    """
+    n, most = (4096, 16) if device.type == "cuda" else (768, 128)  # matrices of 64 MiB, or of 2.25 MiB
+    row, bias, result = torch.ones(1, n, device=device), torch.ones(n, device=device), []
+    matrices = [torch.ones(n, n, device=device) for _ in range(most)]
+    for count in (2**i for i in range(most.bit_length())):
+        turn = matrices[:count] * max(1, 8 // count)  # few matrices several times, so that there is something to time
+
+        def read(turn: list[torch.Tensor] = turn) -> None:
+            for weight in turn:
+                F.linear(row, weight, bias)
+
+        seconds = measure(read, repeats=repeats, device=device).median
+        seconds = max(seconds - len(turn) * overhead, seconds / 2)  # a disturbed overhead must not eat the time
+        result.append([count * matrices[0].nbytes, len(turn) * matrices[0].nbytes / seconds])
+    return result
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a product of square matrices, doubled from 128 up to 8192 until one product takes 10 ms.
+
+    It starts small since a processor without instructions for `dtype` may emulate it, hundreds of times slower.
+    """
+    n, seconds = 64, 0.0
+    while seconds < 0.01 and n < 8192:
+        n *= 2
+        a = torch.ones(n, n, dtype=dtype, device=device)
+        seconds = min(measure(lambda a=a: a @ a, repeats=15, device=device).times)
+    return 2 * n**3 / seconds
+
+
+def processor_name(device: torch.device) -> str:
+    """The GPU or processor as it calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows a name, if a short one
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
