@@ -1,0 +1,34 @@
+"""What several tests share."""
+
+import pytest
+import torch
+
+from gptlite.model import GPT, GPTConfig
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tiny products gain nothing from a second thread, and stall wherever another process wants the same core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """A function that makes a tiny model in evaluation mode, its weights far larger than at initialisation.
+
+    A freshly initialised GPT gives nearly the same logits everywhere, so that a wrong mask or position hardly shows.
+    """
+
+    def make(seed: int = 0, **config) -> GPT:
+        tiny = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": 17}
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(**tiny | config)).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        return model
+
+    return make
