@@ -143,14 +143,17 @@ def _svg(fig: "Figure") -> str:
     return buffer.getvalue().decode()
 
 
+# a drawing's <style> would reach every other drawing of the page; its rules become attributes of the root instead
+_DOCUMENT = re.compile(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", re.DOTALL)
+_LEGEND_BOX = re.compile(r'(id="legend_\d+">\s*<g id="patch_\d+">\s*<path d="[^"]*" style=")fill: #ffffff')
+
+
 def _inline_svg(svg: str, alt: str) -> str:
     """Matplotlib's SVG document as one element for an HTML page: small, harmless to its surroundings, described."""
     width, height = (float(size) for size in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups())
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-    # its <style> would reach every other drawing of the page; its rules become attributes of the root below
-    body = re.sub(
-        r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", body, flags=re.DOTALL
-    )
+    body = _DOCUMENT.sub("", body)
+    body = _LEGEND_BOX.sub(r"\1fill: none", body)
     body = re.sub(r"<[^>]+>", lambda tag: _tidy(tag[0]), body)
     body = re.sub(r">\s+<", "><", body.strip())
     body = re.sub(r'<path d="[^"]*" style="fill: none"/>', "", body)  # the transparent background of figure and axes

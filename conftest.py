@@ -1,0 +1,18 @@
+"""What pytest needs to know about this repository: where its scripts are, and what nbval compares."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))  # the tests of the scripts import them by name
+
+# A drawing follows Matplotlib's version and HTML its maker's; what is compared is text, Markdown and stdout.
+NOT_COMPARED = ("image/svg+xml", "text/html", "stderr")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "colab: runs every notebook in a fresh environment like Colab's")
+
+
+def pytest_collectstart(collector):
+    if hasattr(collector, "skip_compare"):  # nbval's collector of one notebook
+        collector.skip_compare += NOT_COMPARED
