@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def measure_generation(
         for _ in stream(model, idx, n, cache, temperature=0):
             synchronize(idx.device)  # a token counts from when it could be shown
             clock.append(time.perf_counter_ns())
-        return [(b - a) / 1e9 for a, b in zip(clock, clock[1:], strict=False)]
+        return [(b - a) / 1e9 for a, b in pairwise(clock)]
 
     run(2)  # warm-up
     runs = [run(max_new_tokens) for _ in range(repeats)]

@@ -65,7 +65,9 @@ class Results:
 
 def machine_title(machine: Machine) -> str:
     """The machine in a table's heading: processor and threads, or GPU."""
-    return machine.name if machine.device == "cuda" else f"{machine.name}, {machine.threads} threads"
+    if machine.device == "cuda":
+        return machine.name
+    return f"{machine.name}, {machine.threads} thread{'s' if machine.threads > 1 else ''}"
 
 
 def record(machine: Machine, measurements: Iterable[Measurement], folder: Path = FOLDER) -> Path:
@@ -116,14 +118,14 @@ def table(machine: Machine, measurements: Iterable[Measurement], recorded: dict[
     rows = [["", f"here: {machine_title(machine)}", *(machine_title(r.machine) for r in others)]]
     rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
     for metric, mine in here.items():
-        cells = [metric, quantity(mine.value, mine.unit)]
-        for other in (r.measurements.get(metric) for r in others):
-            cells.append(_beside(mine, other) if other else "not recorded")
-        rows.append(cells)
+        theirs = [r.measurements.get(metric) for r in others]
+        rows.append([metric, quantity(mine.value, mine.unit), *(_beside(mine, other) for other in theirs)])
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
 
 
-def _beside(mine: Measurement, other: Measurement) -> str:
+def _beside(mine: Measurement, other: Measurement | None) -> str:
+    if other is None:
+        return "not recorded"
     if mine.unit != other.unit:
         raise ValueError(f"{mine.metric!r} is in {mine.unit} here, but was recorded in {other.unit}.")
     there = quantity(other.value, other.unit)

@@ -104,7 +104,7 @@ def _check(config: GPTConfig, Tq: int, Tk: int, B: int) -> None:
     if not 1 <= Tk <= config.block_size:
         raise ValueError(f"the context is {Tk} tokens, but must be from 1 to block_size = {config.block_size}.")
     if not 1 <= Tq <= Tk:
-        raise ValueError(f"there are {Tq} queries, but there must be from 1 to the context's {Tk}.")
+        raise ValueError(f"there are {Tq} queries, but from 1 to the context's {Tk} are possible.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""A calibration has every part, whatever the machine; how fast it is, no test says."""
+
+import time
+
+import pytest
+import torch
+
+from gptlite import calibration
+from gptlite.bench import timing
+from gptlite.model import GPTConfig
+from gptlite.roofline import CALIBRATED_DTYPES, Machine, decode_cost, predict
+
+CPU = torch.device("cpu")
+
+
+def one_time(seconds):
+    return timing([seconds])
+
+
+@pytest.fixture(scope="module")
+def machine():
+    return Machine.calibrate(CPU, quick=True)
+
+
+def test_a_calibration_says_what_was_measured_on_what(machine):
+    assert machine.device == "cpu"
+    assert machine.name
+    assert machine.threads == torch.get_num_threads()
+    assert machine.torch == torch.__version__
+    assert time.strptime(machine.date, "%Y-%m-%d")
+    assert set(machine.flops) == set(CALIBRATED_DTYPES)
+    assert machine.read_kernel in ("float32 sum", "int64 sum", "int64 max", "matrix times vector")
+
+
+def test_the_working_sets_double_up_to_far_more_than_a_cache(machine):
+    sizes = [size for size, _ in machine.matvec]
+    assert sizes == [768 * 768 * 4 * 2**i for i in range(8)]
+
+
+def test_a_calibrated_machine_predicts_and_survives_its_file(machine):
+    again = Machine.from_json(machine.to_json())
+    assert again == machine
+    cost = decode_cost(GPTConfig(), 256)
+    p = predict(cost, again, bandwidth=again.matvec_bandwidth(cost.bytes))
+    assert p.seconds == p.overhead + max(p.memory, p.compute)
+
+
+def test_a_disturbed_overhead_does_not_eat_the_time(monkeypatch):
+    """A launch that is said to take longer than the whole call must not make the rest negative."""
+    monkeypatch.setattr(calibration, "measure", lambda *args, **kwargs: one_time(1e-3))
+    rates = calibration.matvec_bandwidths(CPU, 1, overhead=1.0)
+    assert all(rate > 0 for _, rate in rates)
+
+
+def test_the_fastest_kernel_is_named(monkeypatch):
+    seconds = iter([4e-3, 1e-3, 2e-3, 3e-3])
+    monkeypatch.setattr(calibration, "measure", lambda *args, **kwargs: one_time(next(seconds)))
+    assert calibration.read_bandwidth(CPU, 1) == ((1 << 28) / 1e-3, "int64 sum")
+
+
+def test_a_slow_format_is_given_up_early(monkeypatch):
+    """Where 128 x 128 takes 10 ms already, 8192 x 8192 would take 44 minutes."""
+    sizes = []
+
+    def measured(fn, **kwargs):
+        sizes.append(len(fn()))
+        return one_time(sizes[-1] ** 3 * 5e-9)
+
+    monkeypatch.setattr(calibration, "measure", measured)
+    assert calibration.gemm_rate(torch.float32, CPU) == pytest.approx(2 / 5e-9)
+    assert sizes == [128]
