@@ -48,12 +48,13 @@ def setup(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
 
 
 def counts(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
-    """The code cells ran once each, in order, from a fresh kernel."""
-    for expected, (number, cell) in enumerate(_code(notebook), 1):
-        if not cell.source.strip():
-            yield number, "the code cell is empty; delete it."
-        elif cell.execution_count != expected:
-            yield number, f"the execution count is {cell.execution_count}, not {expected}; re-execute the notebook."
+    """The code cells ran once each, in order, in a fresh kernel; only the first that did not is named."""
+    cells = _code(notebook)
+    yield from ((number, "the code cell is empty; delete it.") for number, cell in cells if not cell.source.strip())
+    wrong = [(n, cell.execution_count, i) for i, (n, cell) in enumerate(cells, 1) if cell.execution_count != i]
+    if wrong:
+        number, count, expected = wrong[0]
+        yield number, f"the execution count is {count}, not {expected}; re-execute the notebook."
 
 
 def length(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
@@ -110,20 +111,17 @@ def outputs(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
     """Stored outputs are there, are of a run without errors or warnings, and show nothing of the machine's own."""
     for number, cell in _code(notebook):
         tagged = "nbval-check-output" in cell.metadata.get("tags", [])
-        if tagged and not cell.outputs:
+        if tagged and not cell.outputs and cell.execution_count:
             yield number, "the cell is tagged nbval-check-output, but has no output to compare with."
         elif tagged and all(o.get("data", {}) and set(o.data) <= NOT_COMPARED for o in cell.outputs):
             yield number, "the cell is tagged nbval-check-output, but nbval compares none of its kinds of output."
-        elif not cell.outputs and _should_show(cell.source):
+        elif not cell.outputs and cell.execution_count and _should_show(cell.source):
             yield number, "the cell displays something, but no output is stored; re-execute the notebook."
     for number, output in _outputs(notebook):
         if output.output_type == "error":
             yield number, f"the stored output is an error ({output.ename}: {output.evalue})."
         if output.get("name") == "stderr":
-            yield (
-                number,
-                f"the cell wrote to stderr: {output.text.strip().splitlines()[0] if output.text.strip() else ''}",
-            )
+            yield number, f"the cell wrote to stderr ({_text(output.text).strip().partition(chr(10))[0]})."
         text = _text(output.get("text", "")) + "".join(
             _text(t) for mime, t in output.get("data", {}).items() if not mime.startswith("image/")
         )
@@ -160,11 +158,11 @@ def names(notebooks: dict[Path, NotebookNode], package: Path) -> Iterator[tuple[
     """No function or class is defined twice in the notebooks, or in a notebook and in the package."""
     where = {}
     for module in sorted(package.glob("*.py")):
-        for name in _defined(module.read_text(encoding="utf-8")):
+        for name in _defined(ast.parse(module.read_text(encoding="utf-8"))):
             where[name] = f"gptlite/{module.name}"
     for path, notebook in notebooks.items():
         for number, cell in _code(notebook):
-            for name in _defined(cell.source):
+            for name in _defined(_tree(cell.source)):
                 if name in where:
                     yield path, number, f"{name} is already defined in {where[name]}; import it or name this otherwise."
                 else:
@@ -247,17 +245,17 @@ def _images(text: str) -> Iterator[str]:
             yield 'the drawing <svg> has no role="img" with an aria-label; display it with gptlite.show.figure.'
 
 
-def _tree(source: str) -> ast.Module | None:
-    """The syntax tree of a cell, magics included; None if it is not Python."""
+def _tree(source: str) -> ast.Module:
+    """The syntax tree of a cell, magics included; an empty one if it is not Python."""
     try:
         return ast.parse(TransformerManager().transform_cell(source))
     except SyntaxError:
-        return None
+        return ast.Module([], [])
 
 
-def _defined(source: str) -> list[str]:
+def _defined(tree: ast.Module) -> list[str]:
     """Functions and classes that a cell or module defines at its top level, under `if`, `try` and `with` too."""
-    found, open_nodes = [], list(getattr(_tree(source), "body", []))
+    found, open_nodes = [], list(tree.body)
     while open_nodes:
         node = open_nodes.pop(0)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -269,7 +267,7 @@ def _defined(source: str) -> list[str]:
 
 def _should_show(source: str) -> bool:
     """Whether a cell surely displays something: it calls a function that does, or ends with a value."""
-    body = getattr(_tree(source), "body", [])
+    body = _tree(source).body
     calls = [node.value for node in body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
     if any(getattr(call.func, "id", "") in SHOWS for call in calls):
         return True
