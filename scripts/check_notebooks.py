@@ -11,6 +11,7 @@ import ast
 import re
 import statistics
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def outputs(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
         tagged = "nbval-check-output" in cell.metadata.get("tags", [])
         if tagged and not cell.outputs and cell.execution_count:
             yield number, "the cell is tagged nbval-check-output, but has no output to compare with."
-        elif tagged and all(o.get("data", {}) and set(o.data) <= NOT_COMPARED for o in cell.outputs):
+        elif tagged and cell.outputs and all(o.get("data", {}) and set(o.data) <= NOT_COMPARED for o in cell.outputs):
             yield number, "the cell is tagged nbval-check-output, but nbval compares none of its kinds of output."
         elif not cell.outputs and cell.execution_count and _should_show(cell.source):
             yield number, "the cell displays something, but no output is stored; re-execute the notebook."
@@ -248,7 +249,9 @@ def _images(text: str) -> Iterator[str]:
 def _tree(source: str) -> ast.Module:
     """The syntax tree of a cell, magics included; an empty one if it is not Python."""
     try:
-        return ast.parse(TransformerManager().transform_cell(source))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a doubtful escape is for whoever runs the cell to see
+            return ast.parse(TransformerManager().transform_cell(source))
     except SyntaxError:
         return ast.Module([], [])
 

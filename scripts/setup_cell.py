@@ -8,6 +8,7 @@ python scripts/setup_cell.py --print     print the cell
 import argparse
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -33,6 +34,7 @@ if not find_spec("gptlite"):
 COLAB = "https://colab.research.google.com/github/"
 
 
+@cache
 def repository(root: Path = notebook_files.ROOT) -> tuple[str, str]:
     """Address and branch of the repository, as _config.yml has them."""
     config = root / "_config.yml"
