@@ -33,9 +33,10 @@ class GPTConfig:
     dropout: float = 0.0  # on the embedding and on each residual branch, in training only
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_kv_head"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide.")
         if self.n_head % self.kv_heads:
