@@ -84,13 +84,21 @@ def load_pretrained(name: str = "teacher") -> Checkpoint:
 
 # GPT-2's Linear is Hugging Face's Conv1D, which stores its matrix transposed
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+_GPT2 = {  # what a `GPT2Config` may vary and our GPT does not
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
 
 
 def from_hugging_face(theirs: torch.nn.Module) -> GPT:
-    """Our model with the weights of a Hugging Face `GPT2LMHeadModel`."""
+    """Our model with the weights of a Hugging Face `GPT2LMHeadModel`; a ValueError names what is not as in GPT-2."""
     c = theirs.config
-    if c.activation_function != "gelu_new" or (c.n_inner or 4 * c.n_embd) != 4 * c.n_embd:
-        raise ValueError(f"the model's MLP is {c.activation_function} of width {c.n_inner}, not GPT-2's.")
+    for name, value in {**_GPT2, "n_inner": 4 * c.n_embd}.items():
+        if getattr(c, name, None) not in (None, value):
+            raise ValueError(f"the model's {name} is {getattr(c, name)}, but GPT-2's is {value}.")
     model = GPT(GPTConfig(c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size)).eval()
     tensors = {n.removeprefix("transformer."): t for n, t in theirs.state_dict().items()}
     tensors = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in tensors.items() if n != "lm_head.weight"}
@@ -111,7 +119,6 @@ def to_hugging_face(model: GPT) -> torch.nn.Module:
     theirs = GPT2LMHeadModel(GPT2Config(**shape, vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None)).eval()
     ours = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in model.state_dict().items() if n != "lm_head.weight"}
     theirs.transformer.load_state_dict(ours)
-    theirs.tie_weights()
     return theirs
 
 
