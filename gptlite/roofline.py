@@ -48,9 +48,10 @@ def operator_costs(
 ) -> dict[str, Cost]:
     """The cost of each operator, over all layers, when the model reads the last Tq of Tk tokens of B sequences.
 
-    An operator reads its inputs and writes its output once, weights included. A multiply-add is 2 FLOPs, and only
-    matrix products count: the rest is below 1%. Attention is one fused operator over the whole rectangle Tq x Tk, as
-    PyTorch's own counter has it; a kernel that skips what the causal mask hides does up to half less when Tq = Tk.
+    An operator reads its inputs, weights included, and writes its output once. A multiply-add is 2 FLOPs; only matrix
+    products count, since what is done number by number is little beside them. Attention is one fused operator over the
+    whole rectangle Tq x Tk, as PyTorch counts it: a kernel that skips what the causal mask hides does up to half less
+    of it when Tq = Tk. The mask that `sdpa_attention` builds when 1 < Tq < Tk is not counted.
     """
     _check(config, Tq, Tk, B)
     L, C, V, KV = config.n_layer, config.n_embd, config.vocab_size, config.kv_heads * config.head_dim
@@ -64,8 +65,7 @@ def operator_costs(
     def elementwise(numbers: int, times: int = L) -> Cost:
         return Cost(times * numbers * size, 0, times)
 
-    gathered = 3 * tokens * C + tokens * C  # token rows: read, written, read again by the sum; the sum written
-    gathered += 3 * Tq * C  # position rows likewise, one set for all sequences
+    gathered = 4 * tokens * C + 3 * Tq * C  # both kinds of rows read, written, read by the sum; the sum written
     indices = 8 * (tokens + 2 * Tq)  # int64: tokens read, positions written and read
     appended = 2 * 2 * tokens * KV if cache else 0  # new keys and values, read and written into the cache
     attended = 2 * tokens * C + 2 * B * Tk * KV  # queries in, answers out; all keys and values, once for a group
