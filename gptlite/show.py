@@ -44,18 +44,18 @@ def say(text: str, name: str | None = None) -> None:
 
 
 def table(
-    rows: Iterable[Sequence[Any]], header: Sequence[str], align: str | None = None, name: str | None = None
+    rows: Iterable[Sequence[Any]], header: Sequence[Any], align: str | None = None, name: str | None = None
 ) -> None:
     """Display a Markdown table; `align` has l, r or c for each column (the first left and the others right if None)."""
     align = "l" + "r" * (len(header) - 1) if align is None else align
     if len(align) != len(header) or set(align) - set("lrc"):
         raise ValueError(f"align is {align!r}, but must have one of l, r and c for each of {len(header)} columns.")
     rules = [{"l": ":--", "r": "--:", "c": ":-:"}[letter] for letter in align]
-    lines = [list(header), rules]
+    lines = [_cells(header), rules]
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"the row {list(row)} has {len(row)} cells, but the header has {len(header)}.")
-        lines.append([str(cell).replace("|", "\\|") for cell in row])
+        lines.append(_cells(row))
     say("\n".join("| " + " | ".join(line) + " |" for line in lines), name)
 
 
@@ -118,6 +118,10 @@ def machine_line(machine: "Machine", dtype: Any = "float32") -> None:
     dtype = str(dtype).removeprefix("torch.")
     threads = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
     say(f"*Measured on {machine.name} ({machine.device}, {threads}), torch {machine.torch}, {dtype}.*")
+
+
+def _cells(row: Sequence[Any]) -> list[str]:
+    return [str(cell).replace("|", "\\|") for cell in row]
 
 
 def _listing(obj: Any) -> str:

@@ -109,10 +109,10 @@ def test_what_has_no_source_is_named(shown, obj):
 
 def test_say_and_table_are_markdown(shown):
     show.say("**5.3x** faster")
-    show.table([["teacher", 1.5], ["a|b", "2.0x (1.9 to 2.1)"]], ["model", "gain"])
+    show.table([["teacher", 1.5], ["a|b", "2.0x (1.9 to 2.1)"]], ["model", 1])
     show.table([], ["a", "b", "c"], align="lcr", name="empty")
     assert shown[0] == ({"text/markdown": "**5.3x** faster"}, {})
-    rows = ["| model | gain |", "| :-- | --: |", "| teacher | 1.5 |", "| a\\|b | 2.0x (1.9 to 2.1) |"]
+    rows = ["| model | 1 |", "| :-- | --: |", "| teacher | 1.5 |", "| a\\|b | 2.0x (1.9 to 2.1) |"]
     assert shown[1][0]["text/markdown"].split("\n") == rows
     assert shown[2][0]["text/markdown"] == "| a | b | c |\n| :-- | :-: | --: |"
     assert shown[2][1]["scrapbook"]["name"] == "empty"
