@@ -17,11 +17,11 @@ export PIP_ARGS
 export JUPYTER_PLATFORM_DIRS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: book test check run execute lab serve clean help venv
+.PHONY: help venv book test check run execute lab serve clean
 
 help: ## this list
 	@echo "GPTlite: make TARGET"
-	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' Makefile | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "Another Python: make book PYTHON=python3.12.  Options for pip: PIP_ARGS='...'."
 

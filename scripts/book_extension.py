@@ -1,4 +1,4 @@
-"""A Sphinx extension with what this book adds to Jupyter Book: computed facts on pages without code, MathJax, addresses.
+"""A Sphinx extension: computed facts on pages without code, MathJax beside the pages, the address of the site.
 
 No number is typed by hand: `{trained}` and the two directives read the checkpoints and the recorded results.
 """
@@ -32,7 +32,7 @@ def checkpoint_info(name: str) -> dict[str, Any]:
         raise ExtensionError(f"no checkpoint is called {name!r}; known are {known}")
     with safe_open(path, framework="numpy") as file:
         info = json.loads(file.metadata()["info"])
-        info["parameters"] = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+        info["parameters"] = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
     return info
 
 
@@ -41,13 +41,13 @@ def facts(name: str) -> dict[str, str]:
     info = checkpoint_info(name)
     train, config = info["train"], info["config"]
     tokens = train["steps"] * train["batch_size"] * config["block_size"]
-    machine = info["machine"]
+    machine, dtype = info["machine"], info["machine"]["dtype"].removeprefix("torch.")
     return {
         "loss": f"{info['val_loss']:.3f}",
         "bits": f"{info['val_loss'] / math.log(2):.3f}",
         "parameters": f"{info['parameters'] / 1e6:.1f} M",
         "steps": f"{train['steps']:,}",
-        "batch": f"{train['batch_size']} x {config['block_size']}",
+        "batch": f"{train['batch_size']} × {config['block_size']}",
         "tokens": f"{tokens / 1e6:.1f} M",
         "tokens_per_parameter": f"{tokens / info['parameters']:.1f}",
         "warmup": f"{train['warmup']}",
@@ -58,7 +58,7 @@ def facts(name: str) -> dict[str, str]:
         "dropout": f"{config['dropout']:g}",
         "minutes": f"{info['log']['seconds'] / 60:.0f}",
         "corpus": info["corpus"],
-        "machine": f"{machine['device']} ({machine['cpu']}), torch {machine['torch']}, {machine['dtype'].split('.')[-1]}",
+        "machine": f"{machine['device']} ({machine['cpu']}), torch {machine['torch']}, {dtype}",
         "date": info["date"],
         "command": info["command"],
     }
@@ -101,7 +101,9 @@ class Checkpoints(MarkdownDirective):
 
     def markdown(self) -> list[str]:
         """One row a checkpoint, and the commands below."""
-        names = sorted((p.stem for p in CHECKPOINTS.glob("*.safetensors")), key=lambda n: -checkpoint_info(n)["parameters"])
+        names = sorted(
+            (p.stem for p in CHECKPOINTS.glob("*.safetensors")), key=lambda n: -checkpoint_info(n)["parameters"]
+        )
         rows = {name: facts(name) for name in names}
         lines = ["| | parameters | corpus | tokens seen | nats a character, held out | bits | minutes |"]
         lines.append("|:--|--:|:--|--:|--:|--:|--:|")
@@ -139,7 +141,9 @@ def training_curve(name: str) -> str:
     show.style()
     fig, ax = plt.subplots(figsize=(6.2, 3.2))
     window = max(1, steps // 100)
-    smooth = [sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+    smooth = [
+        sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))
+    ]
     ax.plot(range(1, len(losses) + 1), smooth, color=show.COLORS["blue"], label=f"training, mean of {window} steps")
     held_out = [*log["val_loss"], [steps, info["val_loss"]]]
     ax.plot(*zip(*held_out, strict=True), "o-", color=show.COLORS["orange"], label="held out")
@@ -151,28 +155,63 @@ def training_curve(name: str) -> str:
     ax.set_ylim(low - 0.15, min(max(losses), low + 1.6))
     ax.legend()
     alt = (
-        f"Loss of {name} over {steps} training steps: training and held-out loss fall together, faster again once the "
-        f"learning rate falls from step {fall:.0f} on; the held-out loss ends at {info['val_loss']:.3f} nats a character."
+        f"Training and held-out loss of the {name} over {steps} steps. From step {fall:.0f} on, shaded, the learning "
+        f"rate falls. The held-out loss ends at {info['val_loss']:.3f} nats a character."
     )
     markup = show._inline_svg(show._svg(fig), alt)
     plt.close(fig)
     return f'<figure class="gptlite-figure">{markup}</figure>'
 
 
-class RecordedResults(MarkdownDirective):
+class RecordedResults(Directive):
     """```{recorded-results}```: every measurement in assets/results, a section for each machine."""
 
-    def markdown(self) -> list[str]:
-        """A table for each machine and each command that measured."""
-        lines: list[str] = []
-        for path in sorted(RESULTS.glob("*.json")):
-            lines += results_of_machine(json.loads(path.read_text()))
-        return lines or ["No results have been recorded yet."]
+    def run(self) -> list[nodes.Node]:
+        """The sections."""
+        from gptlite import results
+
+        sections: list[nodes.Node] = []
+        for stem, recorded in results.load().items():
+            title = results.machine_title(recorded.machine)
+            section = nodes.section("", nodes.title(title, title), ids=[stem], names=[stem])
+            lines = StringList(results_of_machine(recorded), source="recorded-results")
+            self.state.nested_parse(lines, self.content_offset, section)
+            sections.append(section)
+        return sections or [nodes.paragraph("", "No results have been recorded yet.")]
 
 
-def results_of_machine(record: dict[str, Any]) -> list[str]:
-    """The Markdown of one file of assets/results."""
-    raise NotImplementedError
+def results_of_machine(recorded: Any) -> list[str]:
+    """The Markdown lines of one `gptlite.results.Results`: the calibration, the measurements, how to repeat them."""
+    from gptlite.results import quantity
+
+    machine = recorded.machine
+    rates = ", ".join(f"{quantity(rate / 1e9, 'GFLOP/s')} in {dtype}" for dtype, rate in machine.flops.items())
+    lines = [
+        f"Calibrated on {machine.date} with torch {machine.torch}: reads memory at "
+        f"{quantity(machine.read_bandwidth / 1e9, 'GB/s')}, multiplies matrices at {rates}, and takes "
+        f"{quantity(machine.overhead, 's')} to start an operator.",
+        "",
+        "| | median | quartiles | measured | with torch |",
+        "|:--|--:|--:|:--|:--|",
+    ]
+    for m in recorded.measurements.values():
+        context = ", ".join(f"{key} {value}" for key, value in m.context.items() if str(value) not in m.metric)
+        name = m.metric + (f" ({context})" if context else "")
+        spread = f"{quantity(m.low, m.unit)} to {quantity(m.high, m.unit)}" if m.low < m.high else ""
+        lines.append(f"| {name} | {quantity(m.value, m.unit)} | {spread} | {m.date} | {m.torch} |")
+    commands = dict.fromkeys(m.command for m in recorded.measurements.values() if m.command)
+    return [*lines, "", "To measure it again:", "", "```bash", *commands, "```"] if commands else lines
+
+
+def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
+    """Give a hidden cell that begins with Colab's `#@title NAME` that name on the page, and drop the line."""
+    for cell in doctree.findall(nodes.container):
+        code = next(cell.findall(nodes.literal_block), None) if cell.get("hide_mode") else None
+        first, _, rest = code.astext().partition("\n") if code else ("", "", "")
+        if first.startswith("#@title "):
+            cell["prompt_show"] = cell["prompt_hide"] = first.removeprefix("#@title ").strip()
+            code.rawsource, code.children = rest, []
+            code += nodes.Text(rest)
 
 
 def set_addresses(app: Sphinx, config: Any) -> None:
@@ -206,5 +245,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("training-curve", TrainingCurve)
     app.add_directive("recorded-results", RecordedResults)
     app.connect("config-inited", set_addresses, priority=900)
+    app.connect("doctree-read", name_folded_cells)
     app.connect("build-finished", copy_mathjax)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

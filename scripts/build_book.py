@@ -1,4 +1,4 @@
-"""Build the site into a folder, warnings as errors, and print the page to open: python scripts/build_book.py _build/html.
+"""Build the site, warnings as errors, and print the page to open: python scripts/build_book.py _build/html.
 
 It always builds everything: Sphinx reports a warning only for a page that it reads, so a second, partial build would
 pass where the first one failed.

@@ -52,7 +52,7 @@ def main(venv):
         import venv as _  # noqa: F401
     except ImportError:
         version = "%d.%d" % sys.version_info[:2]
-        fail("this Python has no venv module; install it (on Debian and Ubuntu: apt-get install python%s-venv)." % version)
+        fail("this Python has no venv module; install it (Debian, Ubuntu: apt-get install python%s-venv)." % version)
 
     python = os.path.join(venv, "bin", "python")
     if not os.path.exists(python) or run([python, "-c", "import pip"], stderr=subprocess.DEVNULL):

@@ -1,0 +1,168 @@
+"""The built site, read as files: links, descriptions, weight, configuration, and no other host."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import jupyter_book
+import pytest
+import setup_cell
+import yaml
+from site_files import ROOT, SITE, Page, built_site, chapters, documents, pages
+
+pytestmark = pytest.mark.site
+MAX_PAGE_BYTES = 3_000_000
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    return built_site()
+
+
+@pytest.fixture(scope="module")
+def all_pages(site: Path) -> dict[Path, Page]:
+    return {page.path: page for page in pages()}
+
+
+def target(page: Page, link: str) -> Path:
+    path = unquote(urlsplit(link).path)
+    return (page.path.parent / path).resolve() if path else page.path
+
+
+def is_internal(link: str) -> bool:
+    return not urlsplit(link).scheme and not link.startswith("//")
+
+
+def test_every_document_of_the_contents_is_a_page(site):
+    missing = [name for name in documents() if not (site / f"{name}.html").exists()]
+    assert not missing
+
+
+def test_internal_links_lead_somewhere(all_pages):
+    broken = []
+    for page in all_pages.values():
+        for link in filter(is_internal, page.links):
+            path = target(page, link)
+            anchor = unquote(urlsplit(link).fragment)
+            if path.is_dir():
+                path = path / "index.html"
+            if not path.exists():
+                broken.append(f"{page.path.relative_to(SITE)}: {link} is no file")
+            elif anchor and path in all_pages and anchor not in all_pages[path].ids:
+                broken.append(f"{page.path.relative_to(SITE)}: {link} has no such anchor")
+    assert not broken
+
+
+def test_external_links_are_secure(all_pages):
+    plain = {link for page in all_pages.values() for link in page.links if link.startswith("http:")}
+    assert not plain
+
+
+def test_images_say_what_they_show(all_pages):
+    silent = {str(p.path.relative_to(SITE)): p.undescribed for p in all_pages.values() if p.undescribed}
+    assert not silent
+
+
+def test_a_page_has_one_title_and_a_language(all_pages):
+    wrong = [p.path.name for p in all_pages.values() if p.lang != "en" or len(p.headings) != 1]
+    assert not wrong
+
+
+def test_resources_are_the_sites_own(all_pages):
+    foreign = {
+        r for page in all_pages.values() for r in page.resources if not is_internal(r) and not r.startswith("data:")
+    }
+    assert not foreign
+    missing = {
+        r for page in all_pages.values() for r in page.resources if is_internal(r) and not target(page, r).exists()
+    }
+    assert not missing
+
+
+def test_styles_and_scripts_name_no_other_host(all_pages):
+    """What a page loads may not load more from elsewhere: no remote @import, font, or script address."""
+    loaded = {target(page, r) for page in all_pages.values() for r in page.resources if is_internal(r)}
+    for path in (p for p in loaded if p.suffix == ".css"):
+        assert not re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", path.read_text(encoding="utf-8")), path
+    hosts = (
+        r"unpkg\.com|jsdelivr\.net|cdnjs\.cloudflare\.com|googleapis\.com|gstatic\.com|google-analytics|mybinder\.org"
+    )
+    for page in all_pages.values():
+        scripts = re.findall(r"<script[^>]*>(.*?)</script>", page.path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.findall(hosts, "".join(scripts)), page.path
+
+
+def test_pages_are_light(all_pages):
+    """A page with all it refers to: markup, styles, scripts, images."""
+    for page in all_pages.values():
+        files = {target(page, r) for r in page.resources if is_internal(r)} | {page.path}
+        weight = sum(path.stat().st_size for path in files if path.is_file())
+        assert weight < MAX_PAGE_BYTES, f"{page.path.relative_to(SITE)} weighs {weight:,} bytes"
+
+
+def test_no_markup_is_left_unrendered(all_pages):
+    """A role or directive that was not understood stands on the page as it was typed."""
+    left = re.compile(r"\{(?:glue|cite|doc|ref|term|trained|numref|math)[:}]|:::|\$\$|#@title")
+    for page in all_pages.values():
+        assert not left.findall("".join(page.text)), page.path
+
+
+@pytest.mark.parametrize("name", chapters())
+def test_a_chapter_has_its_colab_button(site, name):
+    assert setup_cell.colab_link(f"{name}.ipynb") in Page(site / "notebooks" / f"{name}.html").links
+
+
+def test_the_site_map_lists_every_page(site):
+    listed = (site / "sitemap.xml").read_text(encoding="utf-8")
+    assert all(f"/{name}.html" in listed for name in documents())
+
+
+def known_keys() -> dict:
+    """The keys of Jupyter Book 1.x: its default configuration, which calls itself the master list, and its schema."""
+    folder = Path(jupyter_book.__file__).parent
+    default = yaml.safe_load((folder / "default_config.yml").read_text(encoding="utf-8"))
+    schema = json.loads((folder / "config_schema.json").read_text(encoding="utf-8"))["properties"]
+    keys: dict = {}
+    for key in default.keys() | schema.keys():
+        inner = default.get(key) if isinstance(default.get(key), dict) else {}
+        keys[key] = set(inner) | set(schema.get(key, {}).get("properties", {}))
+    return keys
+
+
+def unknown_keys(config: dict) -> list[str]:
+    known = known_keys()
+    found = [key for key in config if key not in known]
+    for key, value in config.items():
+        if isinstance(value, dict) and known.get(key):
+            found += [f"{key}.{inner}" for inner in value if inner not in known[key]]
+    return found
+
+
+def test_the_configuration_has_no_unknown_key():
+    assert not unknown_keys(yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8")))
+
+
+def test_an_unknown_key_is_found():
+    assert unknown_keys({"titel": "x", "html": {"faviconn": ""}, "sphinx": {"config": {"anything": 1}}}) == [
+        "titel",
+        "html.faviconn",
+    ]
+
+
+def test_a_warning_fails_the_build(tmp_path):
+    """A page with a broken link, built as `make book` builds: exit status 1, and the sentence says where to look."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("build_book.py", "book_extension.py"):
+        (tmp_path / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
+    (tmp_path / "_config.yml").write_text("title: Broken\nonly_build_toc_files: true\n")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: page\n")
+    (tmp_path / "page.md").write_text("# Page\n\n[nowhere](missing.md)\n")
+    done = subprocess.run(
+        [sys.executable, "scripts/build_book.py", "_build/html"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "missing.md" in done.stdout
+    assert "make: the book was not built" in done.stderr
