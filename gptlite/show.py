@@ -39,24 +39,31 @@ def show(*objects: Any) -> None:
 
 
 def say(text: str, name: str | None = None) -> None:
-    """Display `text` as Markdown; under `name`, other pages of the book may quote it."""
-    _display({"text/markdown": text}, name)
+    """Display `text` as Markdown; under `name`, pages without code may quote it, without its markup."""
+    _display({"text/markdown": text})
+    if name is not None:
+        glue(name, re.sub(r"[*`]", "", text))
 
 
 def table(
     rows: Iterable[Sequence[Any]], header: Sequence[Any], align: str | None = None, name: str | None = None
 ) -> None:
-    """Display a Markdown table; `align` has l, r or c for each column (the first left and the others right if None)."""
+    """Display a Markdown table; under `name`, pages without code may show it too: ```{glue} name with its `:doc:`.
+
+    `align` has l, r or c for each column; if None, the first stands to the left and the others to the right.
+    """
     align = "l" + "r" * (len(header) - 1) if align is None else align
     if len(align) != len(header) or set(align) - set("lrc"):
         raise ValueError(f"align is {align!r}, but must have one of l, r and c for each of {len(header)} columns.")
-    rules = [{"l": ":--", "r": "--:", "c": ":-:"}[letter] for letter in align]
-    lines = [_cells(header), rules]
-    for row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"the row {list(row)} has {len(row)} cells, but the header has {len(header)}.")
-        lines.append(_cells(row))
-    say("\n".join("| " + " | ".join(line) + " |" for line in lines), name)
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    for line in lines:
+        if len(line) != len(header):
+            raise ValueError(f"the row {line} has {len(line)} cells, but the header has {len(header)}.")
+    rule = [{"l": ":--", "r": "--:", "c": ":-:"}[letter] for letter in align]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    _display({"text/markdown": "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))})
+    if name is not None:
+        _display({GLUE_PREFIX + "text/html": _html_table(lines, align)}, name, GLUE_PREFIX)
 
 
 def glue(name: str, value: Any) -> None:
@@ -64,7 +71,7 @@ def glue(name: str, value: Any) -> None:
     value = value.item() if hasattr(value, "item") else value  # a tensor's or an array's one number
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}, but only a finite number may be quoted.")
-    _display({GLUE_PREFIX + mime: str(value) for mime in ("text/plain", "text/markdown")}, name, GLUE_PREFIX)
+    _display({GLUE_PREFIX + "text/plain": str(value)}, name, GLUE_PREFIX)
 
 
 def figure(fig: "Figure", alt: str, name: str | None = None) -> None:
@@ -120,8 +127,16 @@ def machine_line(machine: "Machine", dtype: Any = "float32") -> None:
     say(f"*Measured on {machine.name} ({machine.device}, {threads}), torch {machine.torch}, {dtype}.*")
 
 
-def _cells(row: Sequence[Any]) -> list[str]:
-    return [str(cell).replace("|", "\\|") for cell in row]
+def _html_table(lines: list[list[str]], align: str) -> str:
+    """The lines, a header first, as HTML: of all that myst-nb brings to another page, the one form a table has."""
+    sides = [{"l": "left", "r": "right", "c": "center"}[letter] for letter in align]
+
+    def row(tag: str, line: list[str]) -> str:
+        cells = zip(sides, map(html.escape, line), strict=True)
+        return "<tr>" + "".join(f'<{tag} style="text-align:{side}">{cell}</{tag}>' for side, cell in cells) + "</tr>"
+
+    body = "".join(row("td", line) for line in lines[1:])
+    return f'<table class="table"><thead>{row("th", lines[0])}</thead><tbody>{body}</tbody></table>'
 
 
 def _listing(obj: Any) -> str:

@@ -107,19 +107,47 @@ def test_what_has_no_source_is_named(shown, obj):
 # say, table, glue
 
 
+def glued(data, metadata):
+    """What myst-nb reads from an output: (name, data) if it has a name."""
+    from myst_nb.ext.glue import extract_glue_data_cell
+
+    cell = v4.new_code_cell(outputs=[v4.new_output("display_data", data=data, metadata=metadata)])
+    found = [(name, dict(output["data"])) for name, output in extract_glue_data_cell(cell)]
+    hidden = any(mime.startswith(show.GLUE_PREFIX) for mime in data)
+    assert len(cell.outputs) == (not hidden) or not found  # a hidden output does not stay on the page
+    return found
+
+
 def test_say_and_table_are_markdown(shown):
     show.say("**5.3x** faster")
     show.table([["teacher", 1.5], ["a|b", "2.0x (1.9 to 2.1)"]], ["model", 1])
-    show.table([], ["a", "b", "c"], align="lcr", name="empty")
+    show.table(iter([]), ["a", "b", "c"], align="lcr")
     assert shown[0] == ({"text/markdown": "**5.3x** faster"}, {})
     rows = ["| model | 1 |", "| :-- | --: |", "| teacher | 1.5 |", "| a\\|b | 2.0x (1.9 to 2.1) |"]
     assert shown[1][0]["text/markdown"].split("\n") == rows
-    assert shown[2][0]["text/markdown"] == "| a | b | c |\n| :-- | :-: | --: |"
-    assert shown[2][1]["scrapbook"]["name"] == "empty"
+    assert shown[2] == ({"text/markdown": "| a | b | c |\n| :-- | :-: | --: |"}, {})
+
+
+def test_what_has_a_name_is_glued_in_a_form_that_another_page_takes(shown):
+    show.say("**5.3x** faster than `model`", name="gain")
+    show.table([["<b>|", 1]], ["a", "b"], name="rungs")
+    assert [glued(*output) for output in shown] == [
+        [],
+        [("gain", {"text/plain": "5.3x faster than model"})],
+        [],
+        [("rungs", {"text/html": shown[3][0][show.GLUE_PREFIX + "text/html"]})],
+    ]
+    table = shown[3][0][show.GLUE_PREFIX + "text/html"]
+    assert re.findall(r"<(t[hd]) style=\"text-align:(\w+)\">([^<]*)</t[hd]>", table) == [
+        ("th", "left", "a"),
+        ("th", "right", "b"),
+        ("td", "left", "&lt;b&gt;|"),
+        ("td", "right", "1"),
+    ]
 
 
 def test_a_table_refuses_ragged_rows_and_unknown_alignments(shown):
-    with pytest.raises(ValueError, match=r"the row \[1\] has 1 cells, but the header has 2"):
+    with pytest.raises(ValueError, match=r"the row \['1'\] has 1 cells, but the header has 2"):
         show.table([[1]], ["a", "b"])
     for align in ("l", "lx", "lrr"):
         with pytest.raises(ValueError, match=f"align is '{align}'"):
@@ -129,15 +157,8 @@ def test_a_table_refuses_ragged_rows_and_unknown_alignments(shown):
 
 @pytest.mark.parametrize(("value", "text"), [(5.25, "5.25"), (torch.tensor(3), "3"), ("int8", "int8"), (7, "7")])
 def test_glue_emits_what_the_site_reads(shown, value, text):
-    from myst_nb.ext.glue import extract_glue_data_cell
-
     show.glue("speed", value)
-    data, metadata = shown[0]
-    cell = v4.new_code_cell(outputs=[v4.new_output("display_data", data=data, metadata=metadata)])
-    [(key, output)] = extract_glue_data_cell(cell)
-    assert key == "speed"
-    assert output["data"] == {"text/plain": text, "text/markdown": text}
-    assert cell.outputs == []  # nothing of it is on the page
+    assert glued(*shown[0]) == [("speed", {"text/plain": text})]
 
 
 @pytest.mark.parametrize("value", [float("nan"), math.inf, torch.tensor(-math.inf)])
@@ -148,13 +169,10 @@ def test_glue_refuses_what_cannot_be_quoted(shown, value):
 
 
 def test_a_named_figure_is_both_shown_and_glued(shown):
-    from myst_nb.ext.glue import extract_glue_data_cell
-
     show.figure(line(), alt="A line.", name="line")
     data, metadata = shown[0]
-    cell = v4.new_code_cell(outputs=[v4.new_output("display_data", data=data, metadata=metadata)])
-    [(key, output)] = extract_glue_data_cell(cell)
-    assert (key, output["data"]["text/plain"], len(cell.outputs)) == ("line", "Figure: A line.", 1)
+    assert glued(data, metadata) == [("line", data)]
+    assert len(shown) == 1
 
 
 def test_outside_a_notebook_the_text_is_printed(rc, capsys):
@@ -356,5 +374,5 @@ def test_in_a_kernel_each_thing_is_shown_once():
     where = {"metadata": {"path": str(notebook_files.ROOT)}}
     NotebookClient(notebook, kernel_name="python3", resources=where, timeout=120).execute()
     kinds = [[sorted(output.data) for output in cell.outputs] for cell in notebook.cells]
-    glued = ["application/papermill.record/text/markdown", "application/papermill.record/text/plain"]
-    assert kinds == [[], [["text/html", "text/plain"]], [["text/markdown"], ["text/markdown"], glued]]
+    hidden = ["application/papermill.record/text/plain"]
+    assert kinds == [[], [["text/html", "text/plain"]], [["text/markdown"], ["text/markdown"], hidden]]
