@@ -29,12 +29,16 @@ def test_a_calibration_says_what_was_measured_on_what(machine):
     assert machine.torch == torch.__version__
     assert time.strptime(machine.date, "%Y-%m-%d")
     assert set(machine.flops) == set(CALIBRATED_DTYPES)
-    assert machine.read_kernel in ("float32 sum", "int64 sum", "int64 max", "matrix times vector")
+    assert machine.read_kernel in ("float32 sum", "int64 sum", "int64 max", "matrix times vector", "F.linear")
 
 
 def test_the_working_sets_double_up_to_far_more_than_a_cache(machine):
     sizes = [size for size, _ in machine.matvec]
     assert sizes == [768 * 768 * 4 * 2**i for i in range(8)]
+
+
+def test_the_roof_is_above_what_decoding_reads_from_memory(machine):
+    assert machine.read_bandwidth >= machine.matvec[-1][1]
 
 
 def test_a_calibrated_machine_predicts_and_survives_its_file(machine):
