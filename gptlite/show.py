@@ -190,7 +190,7 @@ def _tidy(tag: str) -> str:
         return tag.replace("\n", "").replace("xlink:href", "href")
     tag = re.sub(r"\s+", " ", tag).replace("xlink:href", "href").replace("#000000", "currentColor")
     tag = re.sub(r"font-family: (?:'[^']*', )*sans-serif(?:; )?", "", tag)
-    tag = re.sub(r"(?:'[^']*', )+sans-serif", "sans-serif", tag)  # in the `font:` of Matplotlib before 3.11
+    tag = re.sub(r"(?:'[^']*', )+sans-serif", "sans-serif", tag)  # in the `font:` of Matplotlib before 3.10
     return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag)
 
 
