@@ -36,12 +36,13 @@ class Page(HTMLParser):
         self.undescribed: list[str] = []
         self.headings: list[str] = []
         self.text: list[str] = []
-        self._skip = 0
+        self._skip = self._article = 0
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         a = {name: value or "" for name, value in attrs}
         self.ids |= {a[key] for key in ("id", "name") if a.get(key) and (key == "id" or tag == "a")}
+        self._article += tag == "article"
         self._skip += tag in ("script", "style", "pre", "code")
         if tag == "html":
             self.lang = a.get("lang", "")
@@ -53,7 +54,7 @@ class Page(HTMLParser):
             self.resources.append(a.get("href", ""))
         elif tag in ("script", "img", "iframe", "source", "video", "audio", "embed") and a.get("src"):
             self.resources.append(a["src"])
-        elif tag == "h1":
+        elif tag == "h1" and self._article:
             self.headings.append(a.get("id", ""))
         if tag == "img" and not a.get("alt", "").strip():
             self.undescribed.append(a.get("src", "img"))
@@ -61,6 +62,7 @@ class Page(HTMLParser):
             self.undescribed.append(self.get_starttag_text() or "svg")
 
     def handle_endtag(self, tag: str) -> None:
+        self._article -= tag == "article"
         self._skip -= tag in ("script", "style", "pre", "code")
 
     def handle_data(self, data: str) -> None:
