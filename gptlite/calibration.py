@@ -1,8 +1,6 @@
 """What this machine can do, measured: the experiments behind `roofline.Machine.calibrate`."""
 
-import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +75,3 @@ def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
         a = torch.ones(n, n, dtype=dtype, device=device)
         seconds = min(measure(lambda a=a: a @ a, repeats=15, device=device).times)
     return 2 * n**3 / seconds
-
-
-def processor_name(device: torch.device) -> str:
-    """The GPU or processor as it calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows a name, if a short one
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -55,6 +55,12 @@ class Corpus:
     val: Tensor
     tokenizer: CharTokenizer
 
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that any change of the text, the cut or the vocabulary changes."""
+        parts = [self.tokenizer.characters.encode(), *(t.numpy().tobytes() for t in (self.train, self.val))]
+        return hashlib.sha256(b"|".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
 
 def load_corpus(name: str | Path = "plays") -> Corpus:
     """The corpus called "plays" or "tinyshakespeare", or the UTF-8 text file at a path (its last tenth held out)."""
@@ -194,6 +200,6 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except FileNotFoundError:
-        raise FileNotFoundError(f"no corpus at {path}; use plays, tinyshakespeare or the path of a text file.") from None
+        raise FileNotFoundError(f"no corpus at {path}; use plays, tinyshakespeare or a text file's path.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None

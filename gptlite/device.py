@@ -1,6 +1,8 @@
 """Where to run and in which number format: asked of the machine, never assumed."""
 
+import platform
 import time
+from pathlib import Path
 
 import torch
 
@@ -34,3 +36,13 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def processor_name(device: torch.device) -> str:
+    """The GPU or processor as it calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere Python knows a name, if a short one
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

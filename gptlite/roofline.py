@@ -14,7 +14,7 @@ import torch
 
 from gptlite import calibration
 from gptlite.bench import three_digits, time_unit
-from gptlite.device import pick_device
+from gptlite.device import pick_device, processor_name
 from gptlite.model import GPTConfig
 
 CALIBRATED_DTYPES = ("float32", "bfloat16", "float16")
@@ -150,7 +150,7 @@ class Machine:
                 bandwidth, kernel = matvec[-1][1], "F.linear"
             flops = {name: calibration.gemm_rate(getattr(torch, name), device) for name in CALIBRATED_DTYPES}
         return cls(
-            name=calibration.processor_name(device),
+            name=processor_name(device),
             device=device.type,
             threads=torch.get_num_threads(),
             read_bandwidth=bandwidth,

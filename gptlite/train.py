@@ -9,7 +9,6 @@ A run can be killed at any moment: started again, it goes on from its last state
 import argparse
 import math
 import os
-import platform
 import shlex
 import shutil
 import sys
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 
 from gptlite import checkpoints
 from gptlite.corpus import Corpus, load_corpus, sample_batch, windows
-from gptlite.device import fast_dtype, pick_device
+from gptlite.device import fast_dtype, pick_device, processor_name
 from gptlite.model import GPT, GPTConfig
 from gptlite.muon import Muon
 
@@ -106,7 +105,7 @@ def train(
     compile: bool = False,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
-    """Train `model` in place on its device; return a log: "train_loss" per step, "val_loss" [[step, nats]...], "seconds".
+    """Train `model` in place; return a log of "train_loss" per step, "val_loss" as [[step, nats]...] and "seconds".
 
     With `state_path` the run is saved there every `save_every` steps, and goes on from there if the file exists; the
     batches and the dropout of a step depend on the seed and the step alone, so it goes on exactly. Under `torchrun`
@@ -142,7 +141,8 @@ def train(
         bar.set_postfix_str(f"loss {log['train_loss'][-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
         last = step + 1 == config.steps
         if rank == 0 and eval_every and (step + 1) % eval_every == 0 and not last:
-            log["val_loss"].append([step + 1, evaluate(model, corpus.val[: 64 * T + 1], T)])  # a look; the rest at the end
+            glimpse = corpus.val[: 64 * T + 1]  # all of it is evaluated when the run is over
+            log["val_loss"].append([step + 1, evaluate(model, glimpse, T)])
             tqdm.write(f"step {step + 1}: loss {log['train_loss'][-1]:.4f}, held out {log['val_loss'][-1][1]:.4f}")
         if rank == 0 and state_path and ((step + 1) % save_every == 0 or last):
             save_state(state_path, model, optimizers, config, log)
@@ -186,7 +186,8 @@ def load_state(path: Path, model: GPT, optimizers: list, config: TrainConfig) ->
     The number of steps alone may differ: the run is then prolonged or cut short, its learning rate on the new schedule.
     """
     tensors, info = checkpoints.read_tensors(path)
-    for key, mine in (("config", asdict(model.config)), ("train", asdict(replace(config, steps=info["train"]["steps"])))):
+    same_steps = replace(config, steps=info["train"]["steps"])
+    for key, mine in (("config", asdict(model.config)), ("train", asdict(same_steps))):
         changed = [f"{k} {info[key].get(k)} -> {v}" for k, v in mine.items() if info[key].get(k) != v]
         if changed:
             raise ValueError(f"{path} holds another run ({', '.join(changed)}); delete it to start anew.")
@@ -232,14 +233,29 @@ def main(argv: Iterable[str] | None = None) -> None:
     log = train(model, corpus, config, state_path=state, **options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         val_loss = evaluate(model, corpus.val, model.config.block_size)
-        command = shlex.join(["python", "-m", "gptlite.train", *(argv or sys.argv[1:])])
-        machine = {"device": str(device), "cpu": platform.machine(), "torch": torch.__version__, "dtype": str(dtype)}
-        info = {"command": command, "val_loss": val_loss, "train": asdict(config), "log": log, "machine": machine}
-        info |= {"corpus": Path(corpus.name).name, "date": time.strftime("%Y-%m-%d")}
+        info = {
+            "command": _command(args),
+            "val_loss": val_loss,
+            "corpus": Path(corpus.name).stem,
+            "fingerprint": corpus.fingerprint,
+            "train": asdict(config),
+            "log": log,
+            "machine": {"name": processor_name(device), "torch": torch.__version__, "dtype": str(dtype)},
+            "date": time.strftime("%Y-%m-%d"),
+        }
         checkpoints.save(out, model, corpus.tokenizer, info)
         print(f"{out}: held-out loss {val_loss:.4f} nats a character, {log['seconds'] / 60:.1f} minutes")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that makes the same weights anywhere: what was asked for, without where this machine keeps files."""
+    elsewhere = ("preset", "out", "state", "save_every", "eval_every", "compile")
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in elsewhere}
+    given["corpus"] = Path(args.corpus).stem
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    return shlex.join(["python", "-m", "gptlite.train", args.preset, *options])
 
 
 def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
