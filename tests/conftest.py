@@ -1,9 +1,16 @@
 """What several tests share."""
 
+import hypothesis
 import pytest
 import torch
 
 from gptlite.model import GPT, GPTConfig
+
+# No deadline: no test may depend on how long something takes. The same examples each time, so that a failure belongs to
+# the change at hand; `--hypothesis-profile=explore` draws new ones.
+hypothesis.settings.register_profile("book", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=200)
+hypothesis.settings.load_profile("book")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlite.kv_cache import KVCache, LayerCache, kv_cache_bytes, kv_cache_shape
@@ -29,7 +29,6 @@ def cuts(T):
     return st.sets(st.integers(1, T - 1)).map(lambda at: [b - a for a, b in pairwise([0, *sorted(at), T])])
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.integers(2, 24).flatmap(lambda T: st.tuples(st.just(T), cuts(T))),
     st.integers(1, 3),
@@ -43,7 +42,6 @@ def test_any_split_of_the_prompt_gives_the_logits_of_one_pass(make_model, split,
     assert cache.length == T
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_rewinding_and_going_on_equals_a_fresh_text(make_model, data):
     """A text is read, part of it forgotten, and another end read instead, several times over."""
@@ -60,7 +58,6 @@ def test_rewinding_and_going_on_equals_a_fresh_text(make_model, data):
     assert cache.length == text.shape[1]
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 24), st.sampled_from(["float32", "float16"]))
 def test_its_size_is_known_before_it_is_made(B, n_kv_head, max_len, dtype):
     config = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, n_kv_head=n_kv_head)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlite.checkpoints import from_hugging_face, to_hugging_face
@@ -96,7 +96,6 @@ def attention_by_hand(q, k, v):
     return y
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     B=st.integers(1, 2),
     H_kv=st.integers(1, 3),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlite.muon import Muon, orthogonalize
@@ -15,7 +15,6 @@ def polar_factor(G):
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
 def test_singular_values_land_near_one(m, n, seed):
     torch.manual_seed(seed)
     G = torch.randn(m, n) * 10 ** torch.randn(1)
