@@ -240,7 +240,7 @@ def main(argv: Iterable[str] | None = None) -> None:
             "fingerprint": corpus.fingerprint,
             "train": asdict(config),
             "log": log,
-            "machine": {"name": processor_name(device), "torch": torch.__version__, "dtype": str(dtype)},
+            "machine": {"device": processor_name(device), "torch": torch.__version__, "dtype": str(dtype)},
             "date": time.strftime("%Y-%m-%d"),
         }
         checkpoints.save(out, model, corpus.tokenizer, info)

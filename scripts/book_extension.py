@@ -58,7 +58,7 @@ def facts(name: str) -> dict[str, str]:
         "dropout": f"{config['dropout']:g}",
         "minutes": f"{info['log']['seconds'] / 60:.0f}",
         "corpus": info["corpus"],
-        "machine": f"{machine['device']} ({machine['cpu']}), torch {machine['torch']}, {dtype}",
+        "machine": f"{machine['device']}, torch {machine['torch']}, {dtype}",
         "date": info["date"],
         "command": info["command"],
     }
