@@ -22,9 +22,10 @@ def run(command, **options):
 
 
 def pip_install(python, arguments, log):
-    """Run `pip install`, its output both shown and kept; return its exit status and its output in lower case."""
-    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"] + arguments
-    # "Requirement already satisfied" says nothing that a reader waits for
+    """Run `pip install`, what a reader waits for shown, all of it kept; return its exit status and its output."""
+    # modules are compiled when they are first imported: most never are
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "--no-compile"]
+    command += arguments
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = []
     with open(log, "a") as file:
@@ -32,9 +33,14 @@ def pip_install(python, arguments, log):
             line = raw.decode("utf-8", "replace")
             file.write(line)
             lines.append(line)
-            if line.startswith(("Collecting ", "  Downloading ", "Installing ", "ERROR", "Successfully ")):
-                print("  " + line.strip()[:110])
-                sys.stdout.flush()
+            words = line.split()
+            if words[:1] == ["Downloading"]:
+                print("  " + " ".join(words[1:2] + words[-2:]))
+            elif words[:1] == ["Installing"]:
+                print("  installing %d packages" % line.count(","))
+            elif words[:1] in (["ERROR:"], ["error:"]):
+                print("  " + line.strip())
+            sys.stdout.flush()
     return process.wait(), "".join(lines).lower()
 
 
