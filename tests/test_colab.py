@@ -68,7 +68,7 @@ def python(tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     run([sys.executable, "-m", "venv", folder])
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    run([python, "-m", "pip", "install", "-q", *os.environ.get("PIP_ARGS", "").split(), *COLAB_HAS])
+    run([python, "-m", "pip", "install", "-q", "--no-compile", *os.environ.get("PIP_ARGS", "").split(), *COLAB_HAS])
     yield python
     shutil.rmtree(folder, ignore_errors=True)  # about a gigabyte, which pytest would keep for three runs
 
