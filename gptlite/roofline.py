@@ -148,7 +148,8 @@ class Machine:
             matvec = calibration.matvec_bandwidths(device, repeats, 0.0 if device.type == "cuda" else overhead)
             if matvec[-1][1] > bandwidth:  # the roof is above all that was seen, also when a slow moment lowered it
                 bandwidth, kernel = matvec[-1][1], "F.linear"
-            flops = {name: calibration.gemm_rate(getattr(torch, name), device) for name in CALIBRATED_DTYPES}
+            tries = min(repeats, 9)
+            flops = {name: calibration.gemm_rate(getattr(torch, name), device, tries) for name in CALIBRATED_DTYPES}
         return cls(
             name=processor_name(device),
             device=device.type,

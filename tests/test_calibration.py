@@ -62,14 +62,28 @@ def test_the_fastest_kernel_is_named(monkeypatch):
     assert calibration.read_bandwidth(CPU, 1) == ((1 << 28) / 1e-3, "int64 sum")
 
 
-def test_a_slow_format_is_given_up_early(monkeypatch):
-    """Where 128 x 128 takes 10 ms already, 8192 x 8192 would take 44 minutes."""
-    sizes = []
+@pytest.mark.parametrize(
+    ("seconds_at_128", "sizes"),
+    [
+        (0.1, [128]),
+        (0.01, [128, 256]),
+        (1e-5, [128, 256, 512, 1024, 2048]),
+    ],  # 8192 x 8192 would take hours, or 44 minutes
+)
+def test_a_slow_format_is_given_up_early(monkeypatch, seconds_at_128, sizes):
+    tried = []
 
     def measured(fn, **kwargs):
-        sizes.append(len(fn()))
-        return one_time(sizes[-1] ** 3 * 5e-9)
+        (matrix,) = fn.__defaults__
+        tried.append(len(matrix))
+        return one_time(seconds_at_128 * (len(matrix) / 128) ** 3)
 
     monkeypatch.setattr(calibration, "measure", measured)
-    assert calibration.gemm_rate(torch.float32, CPU) == pytest.approx(2 / 5e-9)
-    assert sizes == [128]
+    assert calibration.gemm_rate(torch.float32, CPU, 1) == pytest.approx(2 * 128**3 / seconds_at_128)
+    assert tried == sizes
+
+
+def test_a_slow_moment_at_one_size_does_no_harm(monkeypatch):
+    seconds = iter([1e-2, 1e-2, 1e-2, 1.0])  # of 128, 256, 512 and 1024
+    monkeypatch.setattr(calibration, "measure", lambda *args, **kwargs: one_time(next(seconds)))
+    assert calibration.gemm_rate(torch.float32, CPU, 1) == 2 * 512**3 / 1e-2
