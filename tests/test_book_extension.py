@@ -1,0 +1,86 @@
+"""What the pages without code compute: facts of a checkpoint, its losses drawn, and recorded results."""
+
+import math
+import re
+from dataclasses import asdict
+
+import book_extension
+import pytest
+from docutils import nodes
+from sphinx.errors import ExtensionError
+
+from gptlite import checkpoints, results
+from gptlite.corpus import CharTokenizer
+from gptlite.roofline import Machine
+from gptlite.train import TrainConfig
+
+
+@pytest.fixture
+def a_checkpoint(tmp_path, monkeypatch, make_model):
+    """A tiny checkpoint called tiny, as the only one."""
+    model = make_model(vocab_size=5)
+    log = {"train_loss": [2.0, 1.5, 1.2, 1.0], "val_loss": [[2, 1.6]], "seconds": 90.0}
+    info = {
+        "command": "python -m gptlite.train tiny --steps=4",
+        "val_loss": math.log(2),
+        "corpus": "plays",
+        "train": asdict(TrainConfig(steps=4, batch_size=8)),
+        "log": log,
+        "machine": {"device": "A processor", "torch": "2.13.0", "dtype": "torch.float32"},
+        "date": "2026-11-24",
+    }
+    checkpoints.save(tmp_path / "tiny.safetensors", model, CharTokenizer("abcde"), info)
+    monkeypatch.setattr(book_extension, "CHECKPOINTS", tmp_path)
+    return model
+
+
+def test_facts_are_read_from_the_file(a_checkpoint):
+    facts = book_extension.facts("tiny")
+    assert facts["loss"] == "0.693"
+    assert facts["bits"] == "1.000"
+    assert facts["parameters"] == f"{a_checkpoint.n_params() / 1e6:.1f} M"
+    assert facts["tokens"] == f"{4 * 8 * a_checkpoint.config.block_size / 1e6:.1f} M"
+    assert facts["batch"] == f"8 × {a_checkpoint.config.block_size}"
+    assert facts["machine"] == "A processor, torch 2.13.0, float32"
+
+
+def test_an_unknown_checkpoint_is_refused_with_the_known_ones(a_checkpoint):
+    with pytest.raises(ExtensionError, match="'teecher'; known are tiny"):
+        book_extension.facts("teecher")
+
+
+def test_the_curve_is_drawn_and_described(a_checkpoint):
+    figure = book_extension.training_curve("tiny")
+    assert re.search(r'<svg[^>]* role="img" aria-label="Training and held-out loss of the tiny over 4 steps', figure)
+    assert "0.693 nats" in figure
+    assert figure == book_extension.training_curve("tiny")  # the same bytes each time
+
+
+def test_recorded_results_name_value_spread_and_command():
+    machine = Machine(
+        name="A processor", device="cpu", threads=2, read_bandwidth=2e10, read_kernel="sum", matvec=[[1e6, 2e10]],
+        flops={"float32": 1e11}, overhead=5e-6, date="2026-11-24", torch="2.13.0",
+    )  # fmt: skip
+    measured = results.Measurement(
+        "decode", 0.0123, 0.0119, 0.013, "s", "make run NB=x", "2026-11-24", "2.13.0", {"batch": 1}
+    )
+    lines = book_extension.results_of_machine(results.Results(machine, {"decode": measured}))
+    assert "20.0 GB/s" in lines[0]
+    assert "100 GFLOP/s in float32" in lines[0]
+    assert "| decode (batch 1) | 12.3 ms | 11.9 ms to 13.0 ms | 2026-11-24 | 2.13.0 |" in lines
+    assert "make run NB=x" in lines
+
+
+def test_a_folded_cell_takes_its_colab_title():
+    def cell(source: str, mode: str | None) -> nodes.container:
+        code = nodes.literal_block(source, source)
+        return nodes.container("", code, hide_mode=mode, prompt_show="?", prompt_hide="?")
+
+    document = nodes.container(
+        "", cell("#@title Solution to 1\nx = 1", "all"), cell("#@title Shown\nx", None), cell("y", "all")
+    )
+    book_extension.name_folded_cells(None, document)
+    named, shown, plain = document.children
+    assert (named["prompt_show"], named.astext()) == ("Solution to 1", "x = 1")
+    assert (shown["prompt_show"], shown.astext()) == ("?", "#@title Shown\nx")
+    assert (plain["prompt_show"], plain.astext()) == ("?", "y")
