@@ -112,14 +112,15 @@ def sample_batch(tokens: Tensor, T: int, B: int, step: int, seed: int = 0) -> tu
 def _clean(play: str) -> str:
     """A play in Markdown as tinyshakespeare writes it: `NAME:`, its lines, a blank line; no headings or directions."""
     play = html.unescape(play).replace("\u2014", "--").replace("\u2019", "'").replace("\\", "")
-    play = re.sub(r"^#.*$", "", play, flags=re.M)
+    play = re.sub(r"^([A-Z][A-Z ]+)\n\n\*\*", r"**\1 ", play, flags=re.M)  # a name cut in two by a blank line
+    play = re.sub(r"^[A-Z' ]+\n\n(?=#)|^#.*$", "", play, flags=re.M)  # headings, and the play's title above one
     play = re.sub(r"(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", play)  # directions: *so*, _so_ or [so]
     play = re.sub(r"_(?:[^_\n]|\n(?!\n))*_", "", play)
     play = re.sub(r"\[[^\]]*\]", "", play)
-    speeches = []
+    speeches, other = [], f"[^{re.escape(CHARACTERS)}]"
     for line in play.splitlines():
         name = re.fullmatch(r"\*\*(.+?):?\*\*", line.strip())
-        line = "".join(c for c in line.strip() if c in CHARACTERS)
+        line = re.sub(other, "", line).strip()
         if name:
             speeches.append([name[1].strip() + ":"])
         elif line and speeches:  # what stands before the first speaker is not spoken
