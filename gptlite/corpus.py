@@ -43,7 +43,8 @@ class CharTokenizer:
 
     def decode(self, tokens: Tensor | list[int]) -> str:
         """The text of token numbers (T,)."""
-        return "".join(self.characters[int(i)] for i in tokens)
+        numbers = tokens.tolist() if isinstance(tokens, Tensor) else tokens  # item by item would take minutes
+        return "".join(self.characters[i] for i in numbers)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def windows(tokens: Tensor, T: int, B: int) -> Iterator[tuple[Tensor, Tensor]]:
     window is left out.
     """
     n = (len(tokens) - 1) // T
+    if n < 1:
+        raise ValueError(f"the text has {len(tokens)} tokens, but one window of {T} and its targets needs {T + 1}.")
     x, y = tokens[: n * T].view(n, T).long(), tokens[1 : n * T + 1].view(n, T).long()
     yield from zip(x.split(B), y.split(B), strict=True)
 
