@@ -204,8 +204,10 @@ def results_of_machine(recorded: Any) -> list[str]:
 
 
 def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
-    """Give a hidden cell that begins with Colab's `#@title NAME` that name on the page, and drop the line."""
+    """Say what a hidden cell is: code, or the NAME of a first line `#@title NAME` (Colab's way), which is dropped."""
     for cell in doctree.findall(nodes.container):
+        if cell.get("hide_mode") == "input":
+            cell["prompt_show"] = cell["prompt_hide"] = "Code"
         code = next(cell.findall(nodes.literal_block), None) if cell.get("hide_mode") else None
         first, _, rest = code.astext().partition("\n") if code else ("", "", "")
         if first.startswith("#@title "):

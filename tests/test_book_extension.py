@@ -71,16 +71,16 @@ def test_recorded_results_name_value_spread_and_command():
     assert "make run NB=x" in lines
 
 
-def test_a_folded_cell_takes_its_colab_title():
+def test_a_folded_cell_says_what_it_is():
     def cell(source: str, mode: str | None) -> nodes.container:
         code = nodes.literal_block(source, source)
         return nodes.container("", code, hide_mode=mode, prompt_show="?", prompt_hide="?")
 
     document = nodes.container(
-        "", cell("#@title Solution to 1\nx = 1", "all"), cell("#@title Shown\nx", None), cell("y", "all")
+        "", cell("#@title Solution to 1\nx = 1", "all"), cell("#@title Shown\nx", None), cell("y", "input")
     )
     book_extension.name_folded_cells(None, document)
     named, shown, plain = document.children
     assert (named["prompt_show"], named.astext()) == ("Solution to 1", "x = 1")
     assert (shown["prompt_show"], shown.astext()) == ("?", "#@title Shown\nx")
-    assert (plain["prompt_show"], plain.astext()) == ("?", "y")
+    assert (plain["prompt_show"], plain.astext()) == ("Code", "y")
