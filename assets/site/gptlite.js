@@ -10,7 +10,7 @@
   window.addEventListener("afterprint", () => opened.forEach((box) => { box.open = false; }));
 
   const reachable = () => {
-    for (const box of document.querySelectorAll(".bd-article :is(pre, figure.gptlite-figure, .pst-scrollable-table-container, div.math, mjx-container[display='true'])")) {
+    for (const box of document.querySelectorAll(".bd-article :is(pre, figure.gptlite-figure, .pst-scrollable-table-container, .output.text_html, div.math, mjx-container[display='true'])")) {
       if (box.scrollWidth > box.clientWidth + 1) {
         box.tabIndex = 0;
       } else {
