@@ -1,5 +1,6 @@
 """What this machine can do, measured: the experiments behind `roofline.Machine.calibrate`."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -65,15 +66,17 @@ def matvec_bandwidths(device: torch.device, repeats: int, overhead: float) -> li
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int) -> float:
-    """FLOP/s at best of a product of square matrices, doubled from 128 up to 8192 until one product takes 25 ms.
+    """FLOP/s at best of a product of square matrices, doubled from 64 up to 8192 until one product takes 25 ms.
 
-    It starts small since a processor without instructions for `dtype` may emulate it, hundreds of times slower. The
-    best of all sizes counts, so that a slow moment at one of them does no harm.
+    It starts small since a processor without instructions for `dtype` may emulate it, hundreds of times slower. Where
+    threads wait for a busy core a small product takes 25 ms too, but one of twice the size then takes no longer.
     """
-    n, seconds, best = 64, 0.0, 0.0
-    while seconds < 0.025 and n < 8192:
-        n *= 2
+    best, before = 0.0, math.inf
+    for n in (2**i for i in range(6, 14)):
         a = torch.ones(n, n, dtype=dtype, device=device)
         seconds = min(measure(lambda a=a: a @ a, repeats=repeats, warmup=1, device=device).times)
         best = max(best, 2 * n**3 / seconds)
+        if seconds > max(0.025, 4 * before):  # eight times the work: the arithmetic sets the time, not the waiting
+            break
+        before = seconds
     return best

@@ -139,7 +139,7 @@ class Machine:
     def calibrate(cls, device: torch.device | None = None, quick: bool = False) -> "Machine":
         """Measure this machine: seconds, of which `quick` saves most and is rougher; other work under way spoils it."""
         device = pick_device() if device is None else torch.device(device)
-        repeats = 3 if quick else 25
+        repeats = 3 if quick else 15
         tiny = GPTConfig(n_layer=4, n_head=1, n_embd=8, block_size=8, vocab_size=8)  # next to nothing but launches
         with torch.inference_mode():
             overhead = calibration.step_seconds(tiny, device, repeats) / decode_cost(tiny, 1).ops
