@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptlite.corpus import CharTokenizer
@@ -30,20 +30,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) 
     """Write tensors and a JSON-able `info` to one safetensors file, which appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata={"info": json.dumps(info)})
+    whole = {name: t.contiguous() for name, t in tensors.items()}
+    part.write_bytes(safetensors.torch.save(whole, {"info": json.dumps(info)}))  # its own writer lets nobody else read
     os.replace(part, path)
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote; a ValueError says what is wrong with a broken or foreign file."""
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            info = json.loads((file.metadata() or {})["info"])
-            return {name: file.get_tensor(name) for name in file.keys()}, info
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole GPTlite checkpoint ({error}).") from None
+            info = json.loads((file.metadata() or {}).get("info", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint ({error}).") from None
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} is not a GPTlite checkpoint: it does not say what it holds.")
+    return tensors, info
 
 
 def save(path: Path, model: GPT, tokenizer: CharTokenizer, info: dict[str, Any], dtype=torch.float16) -> None:
@@ -56,10 +60,9 @@ def load(path: Path | str) -> Checkpoint:
     """The model at `path` in float32, with its tokenizer and info."""
     tensors, info = read_tensors(Path(path))
     try:
-        config, tokenizer = GPTConfig(**info.pop("config")), CharTokenizer(info.pop("characters"))
+        model, tokenizer = GPT(GPTConfig(**info.pop("config"))).eval(), CharTokenizer(info.pop("characters"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a GPT ({error}).") from None
-    model = GPT(config).eval()
     load_weights(model, tensors, path)
     return Checkpoint(model, tokenizer, info)
 
