@@ -1,0 +1,282 @@
+"""Checkpoints: what goes in comes out, broken and foreign files are named, and nothing is ever unpickled."""
+
+import ast
+import json
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import gptlite
+from gptlite import checkpoints
+from gptlite.checkpoints import load, load_pretrained, load_weights, read_tensors, save, write_tensors
+from gptlite.corpus import CharTokenizer
+
+LETTERS = CharTokenizer("abcdefghijklmnopq")
+INFO = {"command": "python -m gptlite.train", "val_loss": 1.25, "log": {"train_loss": [2.0, 1.5]}}
+
+
+@pytest.fixture(scope="module")
+def whole(make_model, tmp_path_factory):
+    """The bytes of a good checkpoint."""
+    path = tmp_path_factory.mktemp("whole") / "model.safetensors"
+    save(path, make_model(n_kv_head=2), LETTERS, INFO)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_comes_back_as_it_was_saved(make_model, tmp_path, dtype):
+    model, path = make_model(n_kv_head=2, dropout=0.25), tmp_path / "deep" / "model.safetensors"
+    save(path, model, LETTERS, INFO, dtype)
+    back = load(str(path))
+    assert back.model.config == model.config
+    assert back.tokenizer.characters == LETTERS.characters
+    assert back.info == INFO
+    assert not back.model.training
+    assert back.model.lm_head.weight is back.model.wte.weight
+    for (name, p), q in zip(model.named_parameters(), back.model.parameters(), strict=True):
+        assert q.dtype == torch.float32
+        assert torch.equal(q, p.to(dtype).float()), name  # in float32 to the bit, else rounded once
+    assert path.stat().st_size < model.n_params() * dtype.itemsize + 5000  # the tied matrix is stored once
+
+
+def test_float16_is_close_enough_to_generate_from(make_model, tmp_path):
+    model = make_model()
+    save(tmp_path / "m", model, LETTERS, {})
+    idx = torch.arange(17)[None]
+    torch.testing.assert_close(load(tmp_path / "m").model(idx), model(idx), atol=0.02, rtol=0.02)
+
+
+def test_saving_leaves_the_model_and_the_info_alone(make_model, tmp_path):
+    model = make_model()
+    before, info = [p.clone() for p in model.parameters()], json.loads(json.dumps(INFO))
+    save(tmp_path / "m", model, LETTERS, info)
+    assert info == INFO
+    assert all(torch.equal(p, q) and q.dtype == torch.float32 for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_tensors_of_any_kind_come_back(tmp_path):
+    tensors = {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 4),
+        "transposed": torch.arange(6.0).view(2, 3).t(),
+        "half": torch.arange(3).half(),
+        "numbers": torch.arange(3),
+    }
+    write_tensors(tmp_path / "t", tensors, {"umlaut": "ä", "none": None})
+    back, info = read_tensors(tmp_path / "t")
+    assert info == {"umlaut": "ä", "none": None}
+    assert back.keys() == tensors.keys()
+    for name, t in tensors.items():
+        assert torch.equal(back[name], t)
+        assert back[name].dtype == t.dtype
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
+    """Interrupted at the worst moments, a write leaves the file before it as it was."""
+    path = tmp_path / "t"
+    write_tensors(path, {"a": torch.zeros(3)}, {"n": 1})
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    def half(part, content):
+        with part.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    for owner, name, interruption in ((os, "replace", killed), (Path, "write_bytes", half)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interruption)
+            with pytest.raises(KeyboardInterrupt):
+                write_tensors(path, {"a": torch.ones(3)}, {"n": 2})
+        tensors, info = read_tensors(path)
+        assert info == {"n": 1}
+        assert torch.equal(tensors["a"], torch.zeros(3))
+    write_tensors(path, {"a": torch.ones(3)}, {"n": 3})  # what was left behind is in nobody's way
+    assert read_tensors(path)[1] == {"n": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_others_may_read_a_checkpoint(tmp_path):
+    before = os.umask(0o022)
+    write_tensors(tmp_path / "t", {"a": torch.zeros(3)}, {})
+    os.umask(before)
+    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o644
+
+
+# Broken and foreign files
+
+
+@given(st.data())
+def test_a_truncated_checkpoint(whole, tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("cut") / "cut.safetensors"
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(ValueError, match=r"cut\.safetensors is not a whole checkpoint \(.*\)\."):
+        load(path)
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("random") / "random.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"random\.safetensors is not a "):
+        load(path)
+
+
+@given(st.data())
+def test_a_changed_byte_is_never_worse_than_a_sentence(whole, tmp_path_factory, data):
+    """A flipped byte in the header is an error in one sentence, or harmless (in a name of `info`, a number's digit)."""
+    path = tmp_path_factory.mktemp("flip") / "flip.safetensors"
+    header = 8 + int.from_bytes(whole[:8], "little")
+    at, byte = data.draw(st.integers(0, header - 1)), data.draw(st.integers(0, 255))
+    path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+    said = "flip.safetensors"
+    try:
+        load(path)
+    except ValueError as error:
+        said = str(error)
+    assert "flip.safetensors" in said
+
+
+def test_files_of_others(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    for metadata in (None, {"format": "pt"}, {"info": "3"}, {"info": "[]"}, {"info": "null"}):
+        save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
+        with pytest.raises(ValueError, match=r"theirs\.safetensors is not a GPTlite checkpoint: it does not say"):
+            load(path)
+    save_file({"weight": torch.zeros(2)}, path, metadata={"info": "{"})
+    with pytest.raises(ValueError, match=r"theirs\.safetensors is not a whole checkpoint"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {},
+        {"config": {}},  # no characters
+        {"config": 3, "characters": "ab"},
+        {"config": {"n_layers": 2}, "characters": "ab"},
+        {"config": {"n_layer": "two"}, "characters": "ab"},
+        {"config": {"n_layer": 1.5, "n_head": 1, "n_embd": 4}, "characters": "ab"},
+        {"config": {"n_embd": 7}, "characters": "ab"},
+        {"config": {"n_layer": 0}, "characters": "ab"},
+        {"config": {"n_layer": 1, "n_head": 1, "n_embd": 4}, "characters": 3},
+    ],
+)
+def test_a_checkpoint_that_describes_no_gpt(tmp_path, info):
+    write_tensors(tmp_path / "odd", {"a": torch.zeros(3)}, info)
+    with pytest.raises(ValueError, match=r"odd does not describe a GPT \(.*\)\."):
+        load(tmp_path / "odd")
+
+
+def test_weights_of_another_architecture(make_model):
+    model = make_model()
+    weights = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    before = [p.clone() for p in model.parameters()]
+    wrong = {
+        "wte.weight is (18, 32), but the model's is (17, 32).": weights | {"wte.weight": torch.zeros(18, 32)},
+        "ln_f.bias is None, but the model's is (32,).": {n: t for n, t in weights.items() if n != "ln_f.bias"},
+        "h.2.ln_1.bias is (32,), but the model's is None.": weights | {"h.2.ln_1.bias": torch.zeros(32)},
+    }
+    for message, tensors in wrong.items():
+        with pytest.raises(ValueError, match=re.escape(f"mine is of another architecture: {message}")):
+            load_weights(model, tensors, "mine")
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))  # nothing was half loaded
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_its_own_configuration(make_model, tmp_path):
+    tensors = {n: t for n, t in make_model().state_dict().items() if n != "lm_head.weight"}
+    config = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 12, "vocab_size": 17}
+    write_tensors(tmp_path / "m", tensors, {"config": config, "characters": LETTERS.characters})
+    with pytest.raises(ValueError, match=r"m is of another architecture: wpe\.weight is \(24, 32\), but"):
+        load(tmp_path / "m")
+
+
+def test_no_checkpoint_there(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):  # a folder is none either
+        with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {path}.")):
+            load(path)
+
+
+def test_an_unknown_name_lists_the_known(make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=re.escape("no checkpoint is called 'teacher'; known are none.")):
+        load_pretrained()
+    for name in ("teacher", "draft"):
+        save(tmp_path / f"{name}.safetensors", make_model(), LETTERS, {"name": name})
+    (tmp_path / "teacher.state").write_bytes(b"unfinished")
+    for name in ("taecher", "../teacher", "teacher.safetensors", ""):
+        message = f"no checkpoint is called {name!r}; known are draft, teacher."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_pretrained(name)
+    assert load_pretrained().info["name"] == "teacher"
+    assert load_pretrained("draft").info["name"] == "draft"
+
+
+def test_every_checkpoint_of_the_book_loads_and_says_how_it_was_made():
+    paths = list(checkpoints.FOLDER.glob("*.safetensors"))
+    assert {"teacher", "draft"} <= {path.stem for path in paths}
+    for path in paths:
+        info = load_pretrained(path.stem).info
+        assert info.keys() >= {"command", "val_loss", "train", "log", "machine", "corpus", "date"}, path
+        assert len(info["log"]["train_loss"]) == info["train"]["steps"]
+        assert info["command"].startswith("python -m gptlite.train ")
+        assert str(Path.home()) not in json.dumps(info)  # no trace of one machine's folders
+        assert path.stat().st_size < 25e6
+
+
+# Without transformers
+
+
+def test_hugging_faces_library_is_asked_for_only_where_it_is_used(make_model, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"Hugging Face's GPT-2 needs transformers: pip install transformers\."):
+        checkpoints.to_hugging_face(make_model())
+    with pytest.raises(ImportError, match=r"the GPT-2 weights need transformers: pip install transformers\."):
+        checkpoints.load_gpt2()
+
+
+# Nothing is unpickled
+
+UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def names_used(tree):
+    """Dotted names, and modules imported, in a syntax tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module or ""
+        elif isinstance(node, (ast.Attribute, ast.Name)):
+            yield ast.unparse(node)
+
+
+def unsafe_names(source):
+    bad = {"torch.load", "torch.save", "torch.hub.load", "np.load", "numpy.load", "eval", "exec", "compile"}
+    return sorted(n for n in names_used(ast.parse(source)) if n in bad or n.split(".")[0] in UNSAFE)
+
+
+def test_nothing_in_the_package_unpickles_or_evaluates():
+    sources = sorted(Path(gptlite.__file__).parent.rglob("*.py"))
+    assert len(sources) > 8
+    for source in sources:
+        found = [n for n in unsafe_names(source.read_text()) if n != "compile"]  # an argument of `train` is called so
+        assert not found, f"{source.name} uses {found}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "from pickle import loads", "torch.load(path)", "from torch import load", "eval('1')"],
+)
+def test_the_scan_above_finds_what_it_looks_for(source):
+    assert unsafe_names(source)
