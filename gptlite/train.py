@@ -48,12 +48,19 @@ class TrainConfig:
     clip: float = 1.0  # the largest norm of a gradient
     seed: int = 0
 
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
+        if self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"the optimizer is {self.optimizer!r}, but must be muon or adamw.")
+
 
 def lr_factor(step: int, train: TrainConfig) -> float:
     """The learning rate of a step, as a share of the highest one: a trapezoid that ends at 0.02."""
     start = train.decay_from * train.steps
     falling = (train.steps - step) / max(1, train.steps - start)
-    return min((step + 1) / train.warmup, 1.0, max(0.02, falling))
+    return min((step + 1) / max(1, train.warmup), 1.0, max(0.02, falling))
 
 
 def next_token_loss(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -86,10 +93,91 @@ def make_optimizers(model: GPT, train: TrainConfig, dtype: torch.dtype) -> list[
             Muon(matrices, train.lr, 0.95, train.weight_decay, torch.float32 if dtype == torch.float16 else dtype),
             torch.optim.AdamW(rest, train.adamw_lr, **adamw),
         ]
-    if train.optimizer == "adamw":
-        groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest}]
-        return [torch.optim.AdamW(groups, train.adamw_lr, **adamw)]
-    raise ValueError(f"the optimizer is {train.optimizer!r}, but must be muon or adamw.")
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest}]
+    return [torch.optim.AdamW(groups, train.adamw_lr, **adamw)]
+
+
+class Run:
+    """A training run: all that its next step depends on. It can be saved after any step, and go on from there."""
+
+    def __init__(
+        self, model: GPT, corpus: Corpus, config: TrainConfig, loss_fn: LossFn, dtype: torch.dtype, compile: bool
+    ):
+        self.model, self.corpus, self.config, self.loss_fn, self.dtype = model, corpus, config, loss_fn, dtype
+        self.device = next(model.parameters()).device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if config.batch_size % self.world:
+            raise ValueError(f"batch_size is {config.batch_size}, which {self.world} processes do not divide.")
+        self.optimizers = make_optimizers(model, config, dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.log: dict[str, Any] = {"train_loss": [], "val_loss": [], "seconds": 0.0}
+        runner = torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+        self.runner = torch.compile(runner) if compile else runner
+
+    def step(self) -> None:
+        """Train on the next batch, and log its loss: the batch and the dropout depend on seed and step alone."""
+        step, seed, T = len(self.log["train_loss"]), self.config.seed, self.model.config.block_size
+        batch = sample_batch(self.corpus.train, T, self.config.batch_size, step, seed)
+        x, y = (t[self.rank :: self.world].to(self.device) for t in batch)  # each process takes its share
+        torch.manual_seed((1_000_003 * seed + step) * self.world + self.rank)  # of dropout
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss_fn(self.runner, x, y)
+        self.scaler.scale(loss).backward()
+        self._update(lr_factor(step, self.config))
+        loss = loss.detach()
+        if self.world > 1:
+            dist.all_reduce(loss)
+        self.log["train_loss"].append(round(loss.item() / self.world, 6))
+        if not math.isfinite(self.log["train_loss"][-1]):
+            raise FloatingPointError(f"the loss is not finite at step {step}; a lower learning rate may help.")
+
+    def _update(self, factor: float) -> None:
+        """One step of every optimizer at `factor` of its learning rate, from gradients of norm at most `clip`."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+
+    def save(self, path: Path) -> None:
+        """Write all that the run needs to go on: float32 weights, the optimizers' tensors, configuration and log."""
+        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items() if n != "lm_head.weight"}
+        for i, optimizer in enumerate(self.optimizers):
+            for p, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{p}.{key}": t for key, t in state.items()}
+        info = {"log": self.log, "train": asdict(self.config), "config": asdict(self.model.config)}
+        info |= {"corpus": self.corpus.fingerprint, "scaler": self.scaler.state_dict()}
+        checkpoints.write_tensors(path, tensors, info)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a saved run; a ValueError says how another run differs.
+
+        The number of steps alone may: the run is then prolonged or cut short, its learning rate on the new schedule.
+        """
+        tensors, info = checkpoints.read_tensors(path)
+        weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        if not weights or not info.keys() >= {"log", "train", "config"}:
+            raise ValueError(f"{path} is not the state of a training run; delete it to start anew.")
+        mine = asdict(self.config) | asdict(self.model.config) | {"corpus": self.corpus.fingerprint}
+        theirs = {"corpus": mine["corpus"], **info, **info["train"], **info["config"], "steps": self.config.steps}
+        changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v]
+        if changed:
+            raise ValueError(f"{path} holds another run ({', '.join(changed)}); delete it to start anew.")
+        checkpoints.load_weights(self.model, weights, path)
+        for i, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, t in tensors.items():
+                if name.startswith(f"optimizer.{i}."):
+                    p, key = name.split(".")[2:]
+                    state.setdefault(int(p), {})[key] = t
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        if info.get("scaler"):
+            self.scaler.load_state_dict(info["scaler"])
+        self.log = info["log"]
 
 
 def train(
@@ -107,100 +195,35 @@ def train(
 ) -> dict[str, Any]:
     """Train `model` in place; return a log of "train_loss" per step, "val_loss" as [[step, nats]...] and "seconds".
 
-    With `state_path` the run is saved there every `save_every` steps, and goes on from there if the file exists; the
-    batches and the dropout of a step depend on the seed and the step alone, so it goes on exactly. Under `torchrun`
-    each process takes its share of every batch. `stop_after` ends early at that step, as a kill would.
+    With `state_path` the run is saved there every `save_every` steps and at its end, and goes on from there, exactly,
+    if the file exists. Under `torchrun` each process takes its share of every batch. `stop_after` ends early at that
+    step, as a kill would.
     """
-    device, T = next(model.parameters()).device, model.config.block_size
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if config.batch_size % world:
-        raise ValueError(f"batch_size is {config.batch_size}, which {world} processes do not divide.")
-    optimizers = make_optimizers(model, config, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    log: dict[str, Any] = {"train_loss": [], "val_loss": [], "seconds": 0.0}
+    T = model.config.block_size
+    if eval_every:
+        next(windows(corpus.val, T, 1))  # a text that is too short is refused now, not when it is needed
+    run = Run(model, corpus, config, loss_fn, dtype, compile)
     if state_path and state_path.exists():
-        log = load_state(state_path, model, optimizers, config)
-    runner = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    runner = torch.compile(runner) if compile else runner
-    model.train()
+        run.restore(state_path)
+    log, chief = run.log, run.rank == 0
     first, before, started = len(log["train_loss"]), log["seconds"], time.perf_counter()
-    steps = range(first, min(config.steps, stop_after or config.steps))
-    bar = tqdm(steps, initial=first, total=config.steps, disable=rank > 0, desc="training", unit="step", mininterval=1)
+    steps = range(first, config.steps if stop_after is None else min(config.steps, stop_after))
+    bar = tqdm(steps, initial=first, total=config.steps, disable=not chief, desc="training", unit="step", mininterval=1)
+    model.train()
     for step in bar:
-        x, y = (t[rank::world].to(device) for t in sample_batch(corpus.train, T, config.batch_size, step, config.seed))
-        torch.manual_seed((1_000_003 * config.seed + step) * world + rank)  # of dropout
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_fn(runner, x, y)
-        scaler.scale(loss).backward()
-        _update(model, optimizers, scaler, lr_factor(step, config), config.clip)
-        log["train_loss"].append(round(_mean_over_processes(loss.detach()), 6))
-        if not math.isfinite(log["train_loss"][-1]):
-            raise FloatingPointError(f"the loss is not finite at step {step}; a lower learning rate may help.")
-        log["seconds"] = before + time.perf_counter() - started
-        speed = (step + 1 - first) * config.batch_size * T / (time.perf_counter() - started)
+        run.step()
+        seconds, last = time.perf_counter() - started, step + 1 == config.steps
+        log["seconds"] = before + seconds
+        speed = (step + 1 - first) * config.batch_size * T / seconds
         bar.set_postfix_str(f"loss {log['train_loss'][-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        last = step + 1 == config.steps
-        if rank == 0 and eval_every and (step + 1) % eval_every == 0 and not last:
+        if chief and eval_every and (step + 1) % eval_every == 0 and not last:
             glimpse = corpus.val[: 64 * T + 1]  # all of it is evaluated when the run is over
             log["val_loss"].append([step + 1, evaluate(model, glimpse, T)])
             tqdm.write(f"step {step + 1}: loss {log['train_loss'][-1]:.4f}, held out {log['val_loss'][-1][1]:.4f}")
-        if rank == 0 and state_path and ((step + 1) % save_every == 0 or last):
-            save_state(state_path, model, optimizers, config, log)
+        if chief and state_path and (last or (save_every and (step + 1) % save_every == 0)):
+            run.save(state_path)
     model.eval()
     return log
-
-
-def _update(model: GPT, optimizers: list, scaler: torch.amp.GradScaler, factor: float, clip: float) -> None:
-    """One step of every optimizer at `factor` of its learning rate, from gradients of norm at most `clip`."""
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-
-
-def _mean_over_processes(loss: Tensor) -> float:
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-        loss /= dist.get_world_size()
-    return loss.item()
-
-
-def save_state(path: Path, model: GPT, optimizers: list, config: TrainConfig, log: dict[str, Any]) -> None:
-    """Write all that a run needs to go on: float32 weights, the optimizers' tensors, the configuration, the log."""
-    tensors = {f"model.{n}": t for n, t in model.state_dict().items() if n != "lm_head.weight"}
-    for i, optimizer in enumerate(optimizers):
-        for p, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{p}.{key}": t for key, t in state.items()}
-    info = {"log": log, "train": asdict(config), "config": asdict(model.config)}
-    checkpoints.write_tensors(path, tensors, info)
-
-
-def load_state(path: Path, model: GPT, optimizers: list, config: TrainConfig) -> dict[str, Any]:
-    """Put a saved run back into `model` and `optimizers`, and return its log; refuse a run of another kind.
-
-    The number of steps alone may differ: the run is then prolonged or cut short, its learning rate on the new schedule.
-    """
-    tensors, info = checkpoints.read_tensors(path)
-    same_steps = replace(config, steps=info["train"]["steps"])
-    for key, mine in (("config", asdict(model.config)), ("train", asdict(same_steps))):
-        changed = [f"{k} {info[key].get(k)} -> {v}" for k, v in mine.items() if info[key].get(k) != v]
-        if changed:
-            raise ValueError(f"{path} holds another run ({', '.join(changed)}); delete it to start anew.")
-    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    checkpoints.load_weights(model, weights, path)
-    for i, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, t in tensors.items():
-            if name.startswith(f"optimizer.{i}."):
-                p, key = name.split(".")[2:]
-                state.setdefault(int(p), {})[key] = t
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return info["log"]
 
 
 PRESETS = {
@@ -223,6 +246,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     corpus = load_corpus(args.corpus)
+    next(windows(corpus.val, model_config.block_size, 1))  # refuses a text that is too short to be evaluated on
     torch.manual_seed(config.seed)
     model = GPT(replace(model_config, vocab_size=len(corpus.tokenizer))).to(device)
     dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -262,11 +286,8 @@ def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gptlite.train", description=__doc__.splitlines()[0])
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--corpus", default="plays", help="plays, tinyshakespeare, or the path of a text file")
-    for name, kind in (("steps", int), ("batch-size", int), ("optimizer", str), ("lr", float), ("adamw-lr", float)):
-        parser.add_argument(f"--{name}", type=kind, help="default: the preset's")
-    for name, kind in (("weight-decay", float), ("warmup", int), ("decay-from", float), ("seed", int)):
-        parser.add_argument(f"--{name}", type=kind, help="default: the preset's")
-    parser.add_argument("--dropout", type=float, help="default: the preset's")
+    for name, value in (asdict(TrainConfig()) | {"dropout": 0.0}).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help="default: the preset's")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     has_compiler = bool(shutil.which("c++") or shutil.which("g++") or torch.cuda.is_available())
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=has_compiler)
@@ -278,4 +299,7 @@ def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
