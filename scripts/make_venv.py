@@ -74,8 +74,18 @@ def main(venv):
     if not status:
         status, said = pip_install(python, ["--no-deps", "--no-build-isolation", "-e", "."] + extra, log)
     if status:
-        signs = ("newconnectionerror", "name resolution", "connection refused", "connection broken", "timed out",
-                 "network is unreachable", "connecttimeout", "proxyerror", "max retries", "no matching distribution")
+        signs = (
+            "newconnectionerror",
+            "name resolution",
+            "connection refused",
+            "connection broken",
+            "timed out",
+            "network is unreachable",
+            "connecttimeout",
+            "proxyerror",
+            "max retries",
+            "no matching distribution",
+        )
         if "no space left" in said:
             fail("the disk is full; the environment takes about 2 GB. The whole log is in %s." % log)
         if any(sign in said for sign in signs):

@@ -45,6 +45,10 @@ def main() -> None:
         page.goto(f"{address}/{PAGE}")
         page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise")
         page.evaluate("MathJax.startup.promise")
+        page.evaluate(
+            "document.querySelector('.cell_output figure, .cell_output svg').scrollIntoView({block: 'center'})"
+        )
+        page.wait_for_timeout(500)  # the table of contents follows
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=str(PICTURE))
         browser.close()
