@@ -26,13 +26,19 @@ class Checkpoint:
     info: dict[str, Any]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-    """Write tensors and a JSON-able `info` to one safetensors file, which appears only when it is whole."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that appears, or replaces another, only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    whole = {name: t.contiguous() for name, t in tensors.items()}
-    part.write_bytes(safetensors.torch.save(whole, {"info": json.dumps(info)}))  # its own writer lets nobody else read
+    part.write_bytes(content)
     os.replace(part, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able `info` to one safetensors file, which appears only when it is whole."""
+    whole = {name: t.contiguous() for name, t in tensors.items()}
+    # not with safetensors' own save_file: that lets nobody else read the file
+    write_atomically(path, safetensors.torch.save(whole, {"info": json.dumps(info)}))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

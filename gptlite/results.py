@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlite.bench import Ratio, Timing, three_digits, time_unit
+from gptlite.checkpoints import write_atomically
 from gptlite.roofline import Machine
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "results"
@@ -80,10 +80,7 @@ def record(machine: Machine, measurements: Iterable[Measurement], folder: Path =
     stamp = {"date": time.strftime("%Y-%m-%d"), "torch": machine.torch}
     known |= {m.metric: replace(m, **stamp) for m in measurements}
     content = {"machine": asdict(machine), "measurements": [asdict(m) for m in known.values()]}
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return path
 
 

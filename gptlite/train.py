@@ -7,6 +7,7 @@ A run can be killed at any moment: started again, it goes on from its last state
 """
 
 import argparse
+import json
 import math
 import os
 import shlex
@@ -267,7 +268,11 @@ def main(argv: Iterable[str] | None = None) -> None:
             "machine": {"device": processor_name(device), "torch": torch.__version__, "dtype": str(dtype)},
             "date": time.strftime("%Y-%m-%d"),
         }
-        checkpoints.save(out, model, corpus.tokenizer, info)
+        if out.suffix == ".json":  # an experiment: its record is kept, not its weights
+            record = {**info, "config": asdict(model.config), "parameters": model.n_params()}
+            checkpoints.write_atomically(out, json.dumps(record).encode())
+        else:
+            checkpoints.save(out, model, corpus.tokenizer, info)
         print(f"{out}: held-out loss {val_loss:.4f} nats a character, {log['seconds'] / 60:.1f} minutes")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -293,7 +298,11 @@ def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=has_compiler)
     parser.add_argument("--eval-every", type=int, default=250, metavar="STEPS")
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
-    parser.add_argument("--out", type=Path, help="default: assets/checkpoints/PRESET.safetensors")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: assets/checkpoints/PRESET.safetensors; a name in .json keeps a record of the run and no weights",
+    )
     parser.add_argument("--state", type=Path, help="where the unfinished run is kept; default: beside --out")
     return parser.parse_args(list(argv) if argv is not None else None)
 

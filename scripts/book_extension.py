@@ -21,15 +21,21 @@ from sphinx.util.docutils import SphinxRole
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "assets" / "checkpoints"
-RESULTS = ROOT / "assets" / "results"
+RECORDS = ROOT / "assets" / "results" / "training"
 
 
-def checkpoint_info(name: str) -> dict[str, Any]:
-    """What a checkpoint says of itself: the `info` of `gptlite.checkpoints`, read without its tensors."""
-    path = CHECKPOINTS / f"{name}.safetensors"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in CHECKPOINTS.glob("*.safetensors"))) or "none"
-        raise ExtensionError(f"no checkpoint is called {name!r}; known are {known}")
+def runs() -> dict[str, Path]:
+    """The files that training runs left, by name: checkpoints, and records without weights."""
+    return {path.stem: path for path in sorted([*CHECKPOINTS.glob("*.safetensors"), *RECORDS.glob("*.json")])}
+
+
+def run_info(name: str) -> dict[str, Any]:
+    """What a run of `gptlite.train` says of itself, in its checkpoint or, where no weights were kept, in its record."""
+    path = runs().get(name)
+    if path is None:
+        raise ExtensionError(f"no training run is called {name!r}; known are {', '.join(runs()) or 'none'}")
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
     with safe_open(path, framework="numpy") as file:
         info = json.loads(file.metadata()["info"])
         info["parameters"] = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
@@ -38,7 +44,7 @@ def checkpoint_info(name: str) -> dict[str, Any]:
 
 def facts(name: str) -> dict[str, str]:
     """The facts of a checkpoint that a page may quote, as text."""
-    info = checkpoint_info(name)
+    info = run_info(name)
     train, config = info["train"], info["config"]
     tokens = train["steps"] * train["batch_size"] * config["block_size"]
     machine, dtype = info["machine"], info["machine"]["dtype"].removeprefix("torch.")
@@ -73,7 +79,7 @@ class TrainedRole(SphinxRole):
         known = facts(name)
         if fact not in known:
             raise ExtensionError(f"{name} has no fact {fact!r}; known are {', '.join(known)}")
-        self.env.note_dependency(str(CHECKPOINTS / f"{name}.safetensors"))
+        self.env.note_dependency(str(runs()[name]))
         kind = nodes.literal if fact == "command" else nodes.inline
         return [kind(known[fact], known[fact])], []
 
@@ -97,13 +103,11 @@ class MarkdownDirective(Directive):
 
 
 class Checkpoints(MarkdownDirective):
-    """```{checkpoints}```: a table of every checkpoint that comes with the book."""
+    """```{checkpoints}```: a table of every checkpoint that comes with the book, and of the runs recorded without."""
 
     def markdown(self) -> list[str]:
         """One row a checkpoint, and the commands below."""
-        names = sorted(
-            (p.stem for p in CHECKPOINTS.glob("*.safetensors")), key=lambda n: -checkpoint_info(n)["parameters"]
-        )
+        names = sorted(runs(), key=lambda n: (runs()[n].suffix == ".json", -run_info(n)["parameters"]))
         rows = {name: facts(name) for name in names}
         lines = ["| | parameters | corpus | tokens seen | nats a character, held out | bits | minutes |"]
         lines.append("|:--|--:|:--|--:|--:|--:|--:|")
@@ -135,7 +139,7 @@ def training_curve(name: str) -> str:
 
     from gptlite import show
 
-    info = checkpoint_info(name)
+    info = run_info(name)
     log, steps = info["log"], info["train"]["steps"]
     losses = log["train_loss"]
     show.style()

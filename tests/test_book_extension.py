@@ -1,5 +1,6 @@
 """What the pages without code compute: facts of a checkpoint, its losses drawn, and recorded results."""
 
+import json
 import math
 import re
 from dataclasses import asdict
@@ -31,7 +32,16 @@ def a_checkpoint(tmp_path, monkeypatch, make_model):
     }
     checkpoints.save(tmp_path / "tiny.safetensors", model, CharTokenizer("abcde"), info)
     monkeypatch.setattr(book_extension, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(book_extension, "RECORDS", tmp_path)
     return model
+
+
+def test_a_run_recorded_without_weights_stands_behind_the_checkpoints(a_checkpoint, tmp_path):
+    record = {**book_extension.run_info("tiny"), "val_loss": 2 * math.log(2), "parameters": 10**9}
+    (tmp_path / "another.json").write_text(json.dumps(record))
+    assert book_extension.facts("another")["loss"] == "1.386"
+    table = book_extension.Checkpoints.markdown(None)
+    assert [line.split("|")[1].strip() for line in table[2:4]] == ["`tiny`", "`another`"]
 
 
 def test_facts_are_read_from_the_file(a_checkpoint):

@@ -449,6 +449,19 @@ def test_the_command_line_from_end_to_end(text_file, tmp_path, capsys):
     assert load(out).info["log"]["train_loss"] == info["log"]["train_loss"]
 
 
+def test_a_record_says_what_a_checkpoint_says_and_keeps_no_weights(text_file, tmp_path, capsys):
+    out = tmp_path / "new" / "experiment.json"
+    main(command(text_file, out))
+    record = json.loads(out.read_text())
+    model = GPT(GPTConfig(**record["config"]))
+    main(command(text_file, tmp_path / "weights.safetensors"))
+    info = load(tmp_path / "weights.safetensors").info
+    assert record["parameters"] == model.n_params()
+    assert {k: record[k] for k in info if k != "log"} == {k: info[k] for k in info if k != "log"}
+    assert record["log"]["train_loss"] == info["log"]["train_loss"]
+    assert {p.suffix for p in out.parent.iterdir()} == {".json", ".state"}
+
+
 def test_the_recorded_command_says_all_that_makes_the_weights(text_file, tmp_path, capsys):
     asked = command(text_file, tmp_path / "a.safetensors", "--lr", "0.01", "--optimizer", "adamw")
     main(asked)
