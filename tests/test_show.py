@@ -16,8 +16,9 @@ from gptlite import kv_cache, model, show
 
 @pytest.fixture
 def rc():
-    """Matplotlib's settings, put back afterwards."""
+    """Matplotlib's own settings, whatever another test has set; put back afterwards."""
     with mpl.rc_context():
+        mpl.rcdefaults()
         mpl.use("agg")
         yield
 
