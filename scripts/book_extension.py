@@ -162,9 +162,9 @@ def training_curve(name: str) -> str:
         f"Training and held-out loss of the {name} over {steps} steps. From step {fall:.0f} on, shaded, the learning "
         f"rate falls. The held-out loss ends at {info['val_loss']:.3f} nats a character."
     )
-    markup = show._inline_svg(show._svg(fig), alt)
+    markup = show.figure_html(fig, alt)
     plt.close(fig)
-    return f'<figure class="gptlite-figure">{markup}</figure>'
+    return markup
 
 
 class RecordedResults(Directive):

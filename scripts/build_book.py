@@ -39,7 +39,7 @@ def main() -> None:
     log = site.parent / "book.log"
     if build(log) or not (site / "index.html").exists():
         print("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-8:]))
-        sys.exit(f"make: the book was not built; its warnings and its end are above, the whole log in {log.relative_to(ROOT)}.")
+        sys.exit(f"make: the book was not built; see above; the whole log is in {log.relative_to(ROOT)}.")
     pages = len(list(site.rglob("*.html")))
     print(f"Built {pages} pages in {time.perf_counter() - started:.0f} s. Open {(site / 'index.html').as_uri()}")
 
