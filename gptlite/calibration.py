@@ -65,6 +65,29 @@ def matvec_bandwidths(device: torch.device, repeats: int, overhead: float) -> li
     return result
 
 
+def linear_rates(dtype: torch.dtype, device: torch.device, repeats: int, overhead: float) -> list[list[float]]:
+    """Pairs [rows, FLOP/s] of `F.linear` on 4 to 1024 rows through matrices in turn, `overhead` s a call left out.
+
+    This is how a pass over several positions multiplies; over a single one it hardly does more than read. The kernel
+    needs many rows to come near the rate of a large square product, and it waits for weights that no cache holds.
+    """
+    n, most = (2048, 8) if device.type == "cuda" else (512, 32)  # matrices of 64 MiB, or of 4 MiB, in float32
+    matrices = [torch.ones(4 * n, n, dtype=dtype, device=device) for _ in range(most)]
+    bias, result = torch.ones(4 * n, dtype=dtype, device=device), []
+    for rows in (4**i for i in range(1, 6)):
+        x, flops = torch.ones(rows, n, dtype=dtype, device=device), 2 * rows * matrices[0].numel()
+        # with many rows a CPU is busy for long, and whether the weights are at hand matters less
+        turn = matrices[: most if device.type == "cuda" else max(2, int(8e9 / flops))]
+
+        def multiply(x: torch.Tensor = x, turn: list[torch.Tensor] = turn) -> None:
+            for weight in turn:
+                F.linear(x, weight, bias)
+
+        seconds = measure(multiply, repeats=repeats, device=device).median / len(turn)
+        result.append([rows, flops / max(seconds - overhead, seconds / 2)])
+    return result
+
+
 def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int) -> float:
     """FLOP/s at best of a product of square matrices, doubled from 64 up to 8192 until one product takes 25 ms.
 

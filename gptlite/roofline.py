@@ -8,7 +8,7 @@ import json
 import math
 import time
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -112,7 +112,8 @@ class Machine:
     """What a machine did in calibration: bytes/s, FLOP/s by dtype, and seconds for each operator launched.
 
     `read_bandwidth` is the roof, the best that any kernel tried reached over memory (`read_kernel` names it). `matvec`
-    holds what decoding's own operator, one row through `F.linear`, reached: pairs of working set and bytes/s.
+    holds what decoding's own operator, one row through `F.linear`, reached: pairs of working set and bytes/s. `flops`
+    is the rate of large square products, `linear` what `F.linear` reached with fewer rows: pairs of rows and FLOP/s.
     """
 
     name: str
@@ -125,10 +126,12 @@ class Machine:
     overhead: float
     date: str
     torch: str
+    linear: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def __post_init__(self):
         rates = {"read_bandwidth": self.read_bandwidth, "overhead": self.overhead, **self.flops}
         rates |= {"threads": self.threads} | {f"matvec at {size} bytes": rate for size, rate in self.matvec}
+        rates |= {f"linear in {kind} at {n} rows": rate for kind, pairs in self.linear.items() for n, rate in pairs}
         for name, rate in rates.items():
             if not 0 < rate < math.inf:
                 raise ValueError(f"{name} is {rate}, but must be above 0.")
@@ -145,11 +148,14 @@ class Machine:
             overhead = calibration.step_seconds(tiny, device, repeats) / decode_cost(tiny, 1).ops
             bandwidth, kernel = calibration.read_bandwidth(device, repeats)
             # a GPU's launches run ahead of its work and are not in its times
-            matvec = calibration.matvec_bandwidths(device, repeats, 0.0 if device.type == "cuda" else overhead)
+            waited = 0.0 if device.type == "cuda" else overhead
+            matvec = calibration.matvec_bandwidths(device, repeats, waited)
             if matvec[-1][1] > bandwidth:  # the roof is above all that was seen, also when a slow moment lowered it
                 bandwidth, kernel = matvec[-1][1], "F.linear"
             tries = min(repeats, 9)
             flops = {name: calibration.gemm_rate(getattr(torch, name), device, tries) for name in CALIBRATED_DTYPES}
+            usable = [name for name, rate in flops.items() if rate > flops["float32"] / 10]  # the others are emulated
+            linear = {n: calibration.linear_rates(getattr(torch, n), device, tries, waited) for n in usable}
         return cls(
             name=processor_name(device),
             device=device.type,
@@ -161,6 +167,7 @@ class Machine:
             overhead=overhead,
             date=time.strftime("%Y-%m-%d"),
             torch=torch.__version__,
+            linear=linear,
         )
 
     def matvec_bandwidth(self, working_set: float) -> float:
@@ -169,12 +176,15 @@ class Machine:
         What fits into the processor's cache is read again from there, faster than memory gives it. Interpolated
         over the logarithm of the size; outside the sizes measured, the nearest.
         """
-        sizes, rates = zip(*self.matvec, strict=True)
-        i = bisect_right(sizes, working_set)
-        if i in (0, len(sizes)):
-            return rates[min(i, len(sizes) - 1)]
-        share = math.log(working_set / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
-        return rates[i - 1] + share * (rates[i] - rates[i - 1])
+        return _interpolate(self.matvec, working_set)
+
+    def linear_rate(self, rows: int, dtype: torch.dtype = torch.float32) -> float:
+        """FLOP/s at which `F.linear` multiplies `rows` rows with weights that come from memory; `flops` if not known.
+
+        Interpolated over the logarithm of the rows; outside the numbers measured, the nearest.
+        """
+        kind = _calibrated(self, dtype)
+        return _interpolate(self.linear[kind], rows) if self.linear.get(kind) else self.flops[kind]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -186,6 +196,24 @@ class Machine:
             return cls(**json.loads(text))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not a machine's calibration ({error}).") from None
+
+
+def _interpolate(pairs: list[list[float]], x: float) -> float:
+    """The second number of pairs that rise in their first, at x, over the logarithm; outside, that of the nearest."""
+    places, values = zip(*pairs, strict=True)
+    i = bisect_right(places, x)
+    if i in (0, len(places)):
+        return values[min(i, len(places) - 1)]
+    share = math.log(x / places[i - 1]) / math.log(places[i] / places[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])
+
+
+def _calibrated(machine: Machine, dtype: torch.dtype) -> str:
+    """The name of a dtype that the machine is calibrated for."""
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in machine.flops:
+        raise ValueError(f"{machine.name} is not calibrated for {kind}; it is for {', '.join(machine.flops)}.")
+    return kind
 
 
 @dataclass(frozen=True)
@@ -204,14 +232,19 @@ class Prediction:
 
 
 def predict(
-    cost: Cost, machine: Machine, dtype: torch.dtype = torch.float32, bandwidth: float | None = None
+    cost: Cost,
+    machine: Machine,
+    dtype: torch.dtype = torch.float32,
+    bandwidth: float | None = None,
+    rate: float | None = None,
 ) -> Prediction:
-    """How long `cost` takes on `machine` at best; sharper with the `bandwidth` of the operators that do the work."""
-    kind = str(dtype).removeprefix("torch.")
-    if kind not in machine.flops:
-        raise ValueError(f"{machine.name} is not calibrated for {kind}; it is for {', '.join(machine.flops)}.")
+    """How long `cost` takes on `machine` at best.
+
+    Sharper with the `bandwidth` (bytes/s) and the `rate` (FLOP/s) of the operators that do the work.
+    """
+    kind = _calibrated(machine, dtype)
     memory = cost.bytes / (bandwidth or machine.read_bandwidth)
-    compute = cost.flops / machine.flops[kind]
+    compute = cost.flops / (rate or machine.flops[kind])
     overhead = cost.ops * machine.overhead
     terms = {"memory": memory, "compute": compute, "overhead": overhead}
     # a CPU launches and works in turns; a GPU works through a queue that is filled ahead of it, so the two overlap

@@ -37,6 +37,14 @@ def test_the_working_sets_double_up_to_far_more_than_a_cache(machine):
     assert sizes == [768 * 768 * 4 * 2**i for i in range(8)]
 
 
+def test_the_rows_grow_up_to_a_long_prompt_in_each_format_that_is_not_emulated(machine):
+    usable = {kind for kind, rate in machine.flops.items() if rate > machine.flops["float32"] / 10}
+    assert set(machine.linear) == usable >= {"float32"}
+    for pairs in machine.linear.values():
+        assert [rows for rows, _ in pairs] == [4, 16, 64, 256, 1024]
+    assert machine.linear["float32"][-1][1] > machine.linear["float32"][0][1]  # four rows do not fill a kernel
+
+
 def test_the_roof_is_above_what_decoding_reads_from_memory(machine):
     assert machine.read_bandwidth >= machine.matvec[-1][1]
 
@@ -45,7 +53,7 @@ def test_a_calibrated_machine_predicts_and_survives_its_file(machine):
     again = Machine.from_json(machine.to_json())
     assert again == machine
     cost = decode_cost(GPTConfig(), 256)
-    p = predict(cost, again, bandwidth=again.matvec_bandwidth(cost.bytes))
+    p = predict(cost, again, bandwidth=again.matvec_bandwidth(cost.bytes), rate=again.linear_rate(1))
     assert p.seconds == p.overhead + max(p.memory, p.compute)
 
 
@@ -53,6 +61,7 @@ def test_a_disturbed_overhead_does_not_eat_the_time(monkeypatch):
     """A launch that is said to take longer than the whole call must not make the rest negative."""
     monkeypatch.setattr(calibration, "measure", lambda *args, **kwargs: one_time(1e-3))
     rates = calibration.matvec_bandwidths(CPU, 1, overhead=1.0)
+    rates += calibration.linear_rates(torch.float32, CPU, 1, overhead=1.0)
     assert all(rate > 0 for _, rate in rates)
 
 

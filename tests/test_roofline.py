@@ -232,11 +232,9 @@ def test_a_gpu_launches_while_it_works():
 
 def test_a_faster_dtype_and_a_slower_operator_change_their_own_term():
     cost = Cost(10**8, 10**10, 1)
-    plain, half, slow = (
-        predict(cost, MACHINE),
-        predict(cost, MACHINE, torch.bfloat16),
-        predict(cost, MACHINE, bandwidth=1e9),
-    )
+    plain, half = predict(cost, MACHINE), predict(cost, MACHINE, torch.bfloat16)
+    slow, few_rows = predict(cost, MACHINE, bandwidth=1e9), predict(cost, MACHINE, rate=1e9)
+    assert (few_rows.compute, few_rows.memory) == (plain.compute * 100, plain.memory)
     assert (half.compute, half.memory) == (plain.compute / 4, plain.memory)
     assert (slow.compute, slow.memory) == (plain.compute, plain.memory * 10)
 
@@ -250,8 +248,20 @@ def test_bandwidth_between_the_sizes_measured():
     assert replace(MACHINE, matvec=[[5.0, 7.0]]).matvec_bandwidth(3) == 7.0
 
 
+def test_the_rate_between_the_numbers_of_rows_measured():
+    machine = replace(MACHINE, linear={"float32": [[1, 2e9], [16, 40e9], [256, 90e9]]})
+    for rows, rate in machine.linear["float32"]:
+        assert machine.linear_rate(rows) == pytest.approx(rate)
+    assert machine.linear_rate(4) == pytest.approx(21e9)  # half way in the logarithm
+    assert machine.linear_rate(1000) == 90e9
+    assert machine.linear_rate(4, torch.bfloat16) == MACHINE.flops["bfloat16"]  # not measured by rows
+    with pytest.raises(ValueError, match="not calibrated for float64"):
+        machine.linear_rate(4, torch.float64)
+
+
 def test_a_machine_survives_its_file():
-    assert Machine.from_json(MACHINE.to_json()) == MACHINE
+    for machine in (MACHINE, replace(MACHINE, linear={"float32": [[1, 2e9], [16, 40e9]]})):
+        assert Machine.from_json(machine.to_json()) == machine
 
 
 @pytest.mark.parametrize(
@@ -265,6 +275,7 @@ def test_a_machine_survives_its_file():
         ({"matvec": []}, "matvec is empty"),
         ({"matvec": [[1, -2]]}, "matvec at 1 bytes is -2"),
         ({"matvec": 3}, "not iterable"),
+        ({"linear": {"float32": [[4, 0]]}}, "linear in float32 at 4 rows is 0, but must be above 0."),
         ({"threads": "two"}, "not supported between"),
     ],
 )
