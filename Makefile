@@ -39,7 +39,7 @@ book: $(READY) ## build the site, warnings as errors, and print the page to open
 test: $(READY) ## every test: unit, notebooks re-executed, built site, browser (needs Chromium)
 	@$(MAKE) --no-print-directory book
 	$(PY) scripts/check_notebooks.py
-	$(PYTEST) $(NBVAL) tests notebooks
+	$(PYTEST) $(NBVAL) --durations=12 tests notebooks
 
 check: $(READY) ## unit tests and notebook checks alone, in under 2 minutes
 	$(PY) -m ruff check .
