@@ -157,7 +157,8 @@ class Run:
     def restore(self, path: Path) -> None:
         """Go on from a saved run; a ValueError says how another run differs.
 
-        The number of steps alone may: the run is then prolonged or cut short, its learning rate on the new schedule.
+        The number of steps alone may: the run is then prolonged or cut short, its learning rate on the new schedule,
+        and the log says so: "prolonged" lists [the step reached, the number of steps until then].
         """
         tensors, info = checkpoints.read_tensors(path)
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
@@ -168,6 +169,9 @@ class Run:
         changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v]
         if changed:
             raise ValueError(f"{path} holds another run ({', '.join(changed)}); delete it to start anew.")
+        done = len(info["log"]["train_loss"])
+        if done > self.config.steps:
+            raise ValueError(f"{path} has been trained for {done} steps, but steps is {self.config.steps}.")
         checkpoints.load_weights(self.model, weights, path)
         for i, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
@@ -179,6 +183,8 @@ class Run:
         if info.get("scaler"):
             self.scaler.load_state_dict(info["scaler"])
         self.log = info["log"]
+        if info["train"]["steps"] != self.config.steps:
+            self.log.setdefault("prolonged", []).append([done, info["train"]["steps"]])
 
 
 def train(
@@ -259,7 +265,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         val_loss = evaluate(model, corpus.val, model.config.block_size)
         info = {
-            "command": _command(args),
+            "command": _command(args, config.steps, log.get("prolonged", [])),
             "val_loss": val_loss,
             "corpus": Path(corpus.name).stem,
             "fingerprint": corpus.fingerprint,
@@ -278,13 +284,21 @@ def main(argv: Iterable[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
-def _command(args: argparse.Namespace) -> str:
-    """The command that makes the same weights anywhere: what was asked for, without where this machine keeps files."""
+def _command(args: argparse.Namespace, steps: int, prolonged: list[list[int]]) -> str:
+    """The command that makes the same weights anywhere: what was asked for, without where this machine keeps files.
+
+    A run that was prolonged takes a command for each of its lengths, one line each.
+    """
     elsewhere = ("preset", "out", "state", "save_every", "eval_every", "compile")
     given = {k: v for k, v in vars(args).items() if v is not None and k not in elsewhere}
     given["corpus"] = Path(args.corpus).stem
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return shlex.join(["python", "-m", "gptlite.train", args.preset, *options])
+    lines = []
+    for reached, length in [*prolonged, (steps, steps)]:
+        asked = given | ({"steps": length} if prolonged else {})
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+        stopped = "" if reached == length else f"  # stopped at step {reached}"
+        lines.append(shlex.join(["python", "-m", "gptlite.train", args.preset, *options]) + stopped)
+    return "\n".join(lines)
 
 
 def _parse(argv: Iterable[str] | None) -> argparse.Namespace:

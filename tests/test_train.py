@@ -254,6 +254,9 @@ def test_a_run_can_be_prolonged(corpus, tmp_path):
     longer = quiet(new_model(), corpus, replace(QUICK, steps=9), state_path=state)
     assert longer["train_loss"][:6] == log["train_loss"]
     assert len(longer["train_loss"]) == 9
+    assert longer["prolonged"] == [[6, 6]]
+    with pytest.raises(ValueError, match=r"run\.state has been trained for 9 steps, but steps is 6\."):
+        quiet(new_model(), corpus, QUICK, state_path=state)
 
 
 def test_a_state_without_a_corpus_goes_on(corpus, tmp_path):
@@ -470,6 +473,31 @@ def test_the_recorded_command_says_all_that_makes_the_weights(text_file, tmp_pat
     again = [f"--corpus={text_file}" if option.startswith("--corpus=") else option for option in recorded[3:]]
     main([*again, "--out", str(tmp_path / "b.safetensors"), "--no-compile"])
     assert same_weights(*(load(tmp_path / f"{name}.safetensors").model for name in "ab"))
+
+
+def test_the_record_of_a_prolonged_run_says_how_it_came_about(text_file, tmp_path, capsys):
+    out = tmp_path / "a.safetensors"
+    main(command(text_file, out))
+    main(command(text_file, out, "--steps", "5"))
+    info = load(out).info
+    assert info["log"]["prolonged"] == [[3, 3]]
+    first, second = info["command"].split("\n")
+    assert first.replace("--steps=3", "--steps=5") == second
+    for line in (first, second):
+        options = [f"--corpus={text_file}" if o.startswith("--corpus=") else o for o in line.split()[3:]]
+        main([*options, "--out", str(tmp_path / "b.safetensors"), "--no-compile"])
+    assert load(tmp_path / "b.safetensors").info["log"]["train_loss"] == info["log"]["train_loss"]
+
+
+def test_the_record_of_a_run_prolonged_on_its_way_says_where(text_file, tmp_path, corpus):
+    out, state = tmp_path / "a.safetensors", tmp_path / "a.state"
+    short = training.load_corpus(text_file)
+    shape = replace(PRESETS["draft"][0], vocab_size=len(short.tokenizer))
+    torch.manual_seed(0)
+    config = TrainConfig(steps=4, batch_size=2, warmup=1)
+    train(GPT(shape), short, config, state_path=state, save_every=1, eval_every=0, stop_after=2)
+    main(command(text_file, out))
+    assert [line.partition("  # ")[2] for line in load(out).info["command"].split("\n")] == ["stopped at step 2", ""]
 
 
 def test_the_command_line_says_what_is_wrong(text_file, tmp_path, capsys):
