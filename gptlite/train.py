@@ -234,7 +234,7 @@ def train(
 
 
 PRESETS = {
-    "teacher": (GPTConfig(), TrainConfig()),
+    "teacher": (GPTConfig(dropout=0.1), TrainConfig(steps=5500, batch_size=16)),  # 10.8 M parameters
     "student": (GPTConfig(n_layer=3, n_head=4, n_embd=160), TrainConfig(steps=1500)),  # 1.0 M parameters
     "draft": (GPTConfig(n_layer=2, n_head=4, n_embd=128), TrainConfig(steps=2000)),  # 0.4 M parameters
 }
