@@ -145,10 +145,13 @@ class Machine:
         repeats = 3 if quick else 15
         tiny = GPTConfig(n_layer=4, n_head=1, n_embd=8, block_size=8, vocab_size=8)  # next to nothing but launches
         with torch.inference_mode():
-            overhead = calibration.step_seconds(tiny, device, repeats) / decode_cost(tiny, 1).ops
+            # launches are timed in an instant, and a slow moment outlasts it: so at three moments, and the least counts
+            ops = decode_cost(tiny, 1).ops
+            launches = [calibration.step_seconds(tiny, device, repeats) / ops]
             bandwidth, kernel = calibration.read_bandwidth(device, repeats)
+            launches.append(calibration.step_seconds(tiny, device, repeats) / ops)
             # a GPU's launches run ahead of its work and are not in its times
-            waited = 0.0 if device.type == "cuda" else overhead
+            waited = 0.0 if device.type == "cuda" else min(launches)
             matvec = calibration.matvec_bandwidths(device, repeats, waited)
             if matvec[-1][1] > bandwidth:  # the roof is above all that was seen, also when a slow moment lowered it
                 bandwidth, kernel = matvec[-1][1], "F.linear"
@@ -156,6 +159,7 @@ class Machine:
             flops = {name: calibration.gemm_rate(getattr(torch, name), device, tries) for name in CALIBRATED_DTYPES}
             usable = [name for name, rate in flops.items() if rate > flops["float32"] / 10]  # the others are emulated
             linear = {n: calibration.linear_rates(getattr(torch, n), device, tries, waited) for n in usable}
+            launches.append(calibration.step_seconds(tiny, device, repeats) / ops)
         return cls(
             name=processor_name(device),
             device=device.type,
@@ -164,7 +168,7 @@ class Machine:
             read_kernel=kernel,
             matvec=matvec,
             flops=flops,
-            overhead=overhead,
+            overhead=min(launches),
             date=time.strftime("%Y-%m-%d"),
             torch=torch.__version__,
             linear=linear,

@@ -53,6 +53,7 @@ def facts(name: str) -> dict[str, str]:
         "bits": f"{info['val_loss'] / math.log(2):.3f}",
         "parameters": f"{info['parameters'] / 1e6:.1f} M",
         "steps": f"{train['steps']:,}",
+        "lengths": " and then ".join(f"{n:,}" for _, n in [*info["log"].get("prolonged", []), [0, train["steps"]]]),
         "batch": f"{train['batch_size']} × {config['block_size']}",
         "tokens": f"{tokens / 1e6:.1f} M",
         "tokens_per_parameter": f"{tokens / info['parameters']:.1f}",
@@ -114,7 +115,7 @@ class Checkpoints(MarkdownDirective):
         for name, f in rows.items():
             cells = [f"`{name}`", f["parameters"], f["corpus"], f["tokens"], f["loss"], f["bits"], f["minutes"]]
             lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", "Each was made by one command:", "", "```bash"]
+        lines += ["", "The commands that made them:", "", "```bash"]
         for f in rows.values():
             lines += [f"# {f['corpus']}, {f['machine']}, {f['date']}", f["command"]]
         return [*lines, "```"]
@@ -128,6 +129,18 @@ class TrainingCurve(Directive):
     def run(self) -> list[nodes.Node]:
         """The figure as inline SVG in the page's own text colour."""
         return [nodes.raw("", training_curve(self.arguments[0]), format="html")]
+
+
+def learning_rates(info: dict[str, Any]) -> list[float]:
+    """The learning rate of each step as a share of the highest, on the schedule of the length that it then had."""
+    from gptlite.train import TrainConfig, lr_factor
+
+    rates: list[float] = []
+    lengths = [*info["log"].get("prolonged", []), [info["train"]["steps"]] * 2]
+    for reached, steps in lengths:
+        config = TrainConfig(**{**info["train"], "steps": steps})
+        rates += [lr_factor(step, config) for step in range(len(rates), reached)]
+    return rates
 
 
 def training_curve(name: str) -> str:
@@ -149,18 +162,29 @@ def training_curve(name: str) -> str:
         sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))
     ]
     ax.plot(range(1, len(losses) + 1), smooth, color=show.COLORS["blue"], label=f"training, mean of {window} steps")
-    held_out = [*log["val_loss"], [steps, info["val_loss"]]]
-    ax.plot(*zip(*held_out, strict=True), "o-", color=show.COLORS["orange"], label="held out")
-    fall = info["train"]["decay_from"] * steps
-    ax.axvspan(fall, steps, color="black", alpha=0.06, lw=0)
-    ax.text(fall, 0.02, " learning rate falls", transform=ax.get_xaxis_transform(), fontsize=9, va="bottom")
+    if log["val_loss"]:
+        ax.plot(
+            *zip(*log["val_loss"], strict=True), "o-", color=show.COLORS["orange"], label="a part of the held-out text"
+        )
+    ax.plot(steps, info["val_loss"], "s", color=show.COLORS["red"], label="all of it, at the end")
+    rates = learning_rates(info)
+    ax.fill_between(
+        range(1, steps + 1),
+        [0.3 * rate for rate in rates],
+        color="black",
+        alpha=0.08,
+        lw=0,
+        transform=ax.get_xaxis_transform(),
+        label="learning rate (no scale)",
+    )
     ax.set(xlabel="step", ylabel="loss, nats a character", xlim=(0, steps * 1.01))
     low = min(losses[-1], info["val_loss"])
     ax.set_ylim(low - 0.15, min(max(losses), low + 1.6))
     ax.legend()
     alt = (
-        f"Training and held-out loss of the {name} over {steps} steps. From step {fall:.0f} on, shaded, the learning "
-        f"rate falls. The held-out loss ends at {info['val_loss']:.3f} nats a character."
+        f"Training and held-out loss of the {name} over {steps} steps. Shaded, the learning rate: high at first, then "
+        f"falling in a straight line{' and, after it was raised once more, again' if 'prolonged' in log else ''}. "
+        f"The held-out loss ends at {info['val_loss']:.3f} nats a character."
     )
     markup = show.figure_html(fig, alt)
     plt.close(fig)

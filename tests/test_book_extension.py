@@ -66,6 +66,27 @@ def test_the_curve_is_drawn_and_described(a_checkpoint):
     assert figure == book_extension.training_curve("tiny")  # the same bytes each time
 
 
+def test_a_prolonged_run_has_the_learning_rate_of_each_of_its_lengths(a_checkpoint):
+    info = book_extension.run_info("tiny")
+    info["train"] |= {"steps": 40, "warmup": 2}
+    alone = book_extension.learning_rates(info)
+    assert len(alone) == 40
+    assert max(alone) == 1 and alone[-1] < 0.1
+    info["log"]["prolonged"] = [[20, 20]]
+    rates = book_extension.learning_rates(info)
+    assert len(rates) == 40
+    assert rates[19] < 0.1 < 0.5 < rates[20] == alone[20]
+    assert rates[20:] == alone[20:]
+
+
+def test_the_lengths_of_a_run(a_checkpoint, monkeypatch):
+    info = book_extension.run_info("tiny")
+    assert book_extension.facts("tiny")["lengths"] == "4"
+    info["log"]["prolonged"] = [[2000, 2000]]
+    monkeypatch.setattr(book_extension, "run_info", lambda name: info)
+    assert book_extension.facts("tiny")["lengths"] == "2,000 and then 4"
+
+
 def test_recorded_results_name_value_spread_and_command():
     machine = Machine(
         name="A processor", device="cpu", threads=2, read_bandwidth=2e10, read_kernel="sum", matvec=[[1e6, 2e10]],

@@ -32,6 +32,19 @@ def test_a_calibration_says_what_was_measured_on_what(machine):
     assert machine.read_kernel in ("float32 sum", "int64 sum", "int64 max", "matrix times vector", "F.linear")
 
 
+def test_a_slow_moment_does_not_set_the_price_of_a_launch(monkeypatch):
+    ops = []
+    moments = iter([3e-3, 1e-3, 2e-3])
+    monkeypatch.setattr(
+        calibration, "step_seconds", lambda config, *_: ops.append(decode_cost(config, 1).ops) or next(moments)
+    )
+    monkeypatch.setattr(calibration, "read_bandwidth", lambda *_: (1e9, "float32 sum"))
+    monkeypatch.setattr(calibration, "matvec_bandwidths", lambda *_: [[1e6, 1e9]])
+    monkeypatch.setattr(calibration, "gemm_rate", lambda *_: 1e9)
+    monkeypatch.setattr(calibration, "linear_rates", lambda *_: [[4, 1e9]])
+    assert Machine.calibrate(CPU).overhead == pytest.approx(1e-3 / ops[0])
+
+
 def test_the_working_sets_double_up_to_far_more_than_a_cache(machine):
     sizes = [size for size, _ in machine.matvec]
     assert sizes == [768 * 768 * 4 * 2**i for i in range(8)]
