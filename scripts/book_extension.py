@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ class Checkpoints(MarkdownDirective):
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", "The commands that made them:", "", "```bash"]
         for f in rows.values():
-            lines += [f"# {f['corpus']}, {f['machine']}, {f['date']}", f["command"]]
+            lines += [f"# {f['corpus']}, {f['machine']}, {f['date']}"]
+            for command in f["command"].splitlines():
+                parts = textwrap.wrap(command, 78, subsequent_indent="    ", break_on_hyphens=False)
+                lines += " \\\n".join(parts).splitlines()
         return [*lines, "```"]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from dataclasses import asdict
 
 import book_extension
@@ -42,6 +43,17 @@ def test_a_run_recorded_without_weights_stands_behind_the_checkpoints(a_checkpoi
     assert book_extension.facts("another")["loss"] == "1.386"
     table = book_extension.Checkpoints.markdown(None)
     assert [line.split("|")[1].strip() for line in table[2:4]] == ["`tiny`", "`another`"]
+
+
+def test_a_long_command_is_cut_as_a_shell_reads_it(a_checkpoint, monkeypatch):
+    info = book_extension.run_info("tiny")
+    info["command"] += " --weight-decay=0.1" * 9
+    monkeypatch.setattr(book_extension, "run_info", lambda name: info)
+    table = book_extension.Checkpoints.markdown(None)
+    shown = table[table.index("```bash") + 2 : -1]
+    assert len(shown) > 2
+    assert max(map(len, shown)) <= 80
+    assert shlex.split("\n".join(shown)) == shlex.split(info["command"])
 
 
 def test_facts_are_read_from_the_file(a_checkpoint):
