@@ -23,6 +23,7 @@ from sphinx.util.docutils import SphinxRole
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "assets" / "checkpoints"
 RECORDS = ROOT / "assets" / "results" / "training"
+NANOGPT_TOKENS = 5000 * 64 * 256  # max_iters * batch_size * block_size of its config/train_shakespeare_char.py
 
 
 def runs() -> dict[str, Path]:
@@ -58,6 +59,8 @@ def facts(name: str) -> dict[str, str]:
         "batch": f"{train['batch_size']} × {config['block_size']}",
         "tokens": f"{tokens / 1e6:.1f} M",
         "tokens_per_parameter": f"{tokens / info['parameters']:.1f}",
+        "of_nanogpt": f"{100 * tokens / NANOGPT_TOKENS:.0f}%",
+        "compute": f"{6 * info['parameters'] * tokens / 1e15:.2f} PFLOP",
         "warmup": f"{train['warmup']}",
         "decay_from": f"{100 * train['decay_from']:.0f}%",
         "lr": f"{train['lr']:g}",

@@ -69,6 +69,16 @@ def test_facts_are_read_from_the_file(a_checkpoint):
     assert facts["machine"] == "A processor, torch 2.13.0, float32"
 
 
+def test_a_run_is_set_beside_nanogpts(a_checkpoint, monkeypatch):
+    """As many characters as nanoGPT's 81.92 million; a million parameters cost six FLOPs each for each of them."""
+    info = book_extension.run_info("tiny")
+    info["train"] |= {"steps": 10_000, "batch_size": 32}
+    info["config"]["block_size"], info["parameters"] = 256, 10**6
+    monkeypatch.setattr(book_extension, "run_info", lambda name: info)
+    facts = book_extension.facts("tiny")
+    assert (facts["of_nanogpt"], facts["compute"]) == ("100%", "0.49 PFLOP")
+
+
 def test_an_unknown_checkpoint_is_refused_with_the_known_ones(a_checkpoint):
     with pytest.raises(ExtensionError, match="'teecher'; known are tiny"):
         book_extension.facts("teecher")
