@@ -16,8 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gptlite.kv_cache import KVCache, LayerCache
 
-# attention(q, k, v) with q (B, H, Tq, D) and k, v (B, H_kv, Tk, D) -> (B, H, Tq, D); the last query sees every key
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+# attention(q, k, v, mask) with q (B, H, Tq, D) and k, v (B, H_kv, Tk, D) -> (B, H, Tq, D); the mask (Tq, Tk) is True
+# where a query may see a key, and None means causal: the last query sees every key
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,26 @@ def causal_mask(Tq: int, Tk: int, device: torch.device | None = None) -> Tensor:
     return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention as it is written on paper (Vaswani et al., 2017, equation 1), masked to the past."""
     H, Tq, D = q.shape[1:]
     k = k.repeat_interleave(H // k.shape[1], dim=1)  # (B, H_kv, Tk, D) -> (B, H, Tk, D)
     v = v.repeat_interleave(H // v.shape[1], dim=1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, Tq, Tk)
-    scores = scores.masked_fill(~causal_mask(Tq, k.shape[2], q.device), -math.inf)
+    mask = causal_mask(Tq, k.shape[2], q.device) if mask is None else mask
+    scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(dim=-1) @ v  # (B, H, Tq, D)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same function through PyTorch's fused `scaled_dot_product_attention`."""
     Tq, Tk = q.shape[2], k.shape[2]
     # `is_causal` aligns the *first* query with the first key, so it is right only for a square; one query sees all keys
-    mask = causal_mask(Tq, Tk, q.device) if 1 < Tq < Tk else None
+    square = mask is None and 1 < Tq == Tk
+    if mask is None and 1 < Tq < Tk:
+        mask = causal_mask(Tq, Tk, q.device)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < Tq == Tk, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=grouped)
 
 
 class CausalSelfAttention(nn.Module):
@@ -97,9 +101,11 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        mask = None
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, past + T, D)
-        y = self.attention(q, k, v)  # (B, H, T, D)
+            mask = cache.mask(T)
+        y = self.attention(q, k, v, mask)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -160,10 +166,11 @@ class GPT(nn.Module):
 
         With `last_only` the head, the widest matrix, works for the last position alone: logits (B, 1, V).
         """
-        past, T = 0 if cache is None else cache.length, idx.shape[1]
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens are more than the model's block_size of {self.config.block_size}.")
-        positions = torch.arange(past, past + T, device=idx.device)
+        T = idx.shape[1]
+        longest = T if cache is None else cache.max_len
+        if longest > self.config.block_size:
+            raise ValueError(f"{longest} tokens are more than the model's block_size of {self.config.block_size}.")
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)
         x = self.dropout(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layer(i))
@@ -175,6 +182,15 @@ class GPT(nn.Module):
         """The same model computing its attention with another function."""
         for block in self.h:
             block.attn.attention = attention
+        return self
+
+    def swap_linears(self, make: Callable[[nn.Linear], nn.Module]) -> "GPT":
+        """The same model, in place, with `make(linear)` where each Linear was, the head included."""
+        places = [(m, name, c) for m in self.modules() for name, c in m.named_children() if isinstance(c, nn.Linear)]
+        if not places:
+            raise ValueError("the model has no Linear left to swap; begin with a copy of the original.")
+        for module, name, linear in places:
+            setattr(module, name, make(linear))
         return self
 
     def n_params(self) -> int:

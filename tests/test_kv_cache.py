@@ -1,6 +1,7 @@
 """The cache changes what is computed, never the answer; and it refuses what would make it silently wrong."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptlite.kv_cache import KVCache, LayerCache, kv_cache_bytes, kv_cache_shape
+from gptlite.kv_cache import KVCache, LayerCache, StaticKVCache, kv_cache_bytes, kv_cache_shape
 from gptlite.model import GPT2_SMALL, GPTConfig, naive_attention, sdpa_attention
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+both_caches = pytest.mark.parametrize("Cache", [KVCache, StaticKVCache])
 
 
 def prompt(B, T, seed=0):
@@ -34,19 +36,20 @@ def cuts(T):
     st.integers(1, 3),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([naive_attention, sdpa_attention]),
+    st.sampled_from([KVCache, StaticKVCache]),
 )
-def test_any_split_of_the_prompt_gives_the_logits_of_one_pass(make_model, split, B, n_kv_head, attention):
+def test_any_split_of_the_prompt_gives_the_logits_of_one_pass(make_model, split, B, n_kv_head, attention, Cache):
     (T, sizes), model = split, make_model(n_kv_head=n_kv_head).set_attention(attention)
-    idx, cache = prompt(B, T), KVCache(model.config, B)
+    idx, cache = prompt(B, T), Cache(model.config, B)
     torch.testing.assert_close(in_chunks(model, idx, cache, sizes), model(idx), **CLOSE)
     assert cache.length == T
 
 
-@given(st.data())
-def test_rewinding_and_going_on_equals_a_fresh_text(make_model, data):
+@given(st.data(), st.sampled_from([KVCache, StaticKVCache]))
+def test_rewinding_and_going_on_equals_a_fresh_text(make_model, data, Cache):
     """A text is read, part of it forgotten, and another end read instead, several times over."""
     model = make_model(n_kv_head=2)
-    cache, text = KVCache(model.config, 2), torch.empty(2, 0, dtype=torch.long)
+    cache, text = Cache(model.config, 2), torch.empty(2, 0, dtype=torch.long)
     for seed in range(data.draw(st.integers(1, 4))):
         keep = data.draw(st.integers(0, text.shape[1]))
         cache.rewind(keep)
@@ -73,6 +76,14 @@ def test_bytes_of_gpt2_small_by_hand():
     assert kv_cache_shape(GPT2_SMALL) == (12, 1, 12, 1024, 64)  # max_len is block_size where none is given
 
 
+@both_caches
+def test_its_bytes_are_as_many_with_static_shapes(make_model, Cache):
+    config = make_model().config
+    cache = Cache(config, 2, 7, torch.float16)
+    assert cache.nbytes == kv_cache_bytes(config, 2, 7, torch.float16)
+    assert (cache.max_len, cache.length) == (7, 0)
+
+
 def test_nothing_is_allocated_while_it_fills(make_model):
     model = make_model()
     cache = KVCache(model.config, 1)
@@ -81,6 +92,21 @@ def test_nothing_is_allocated_while_it_fills(make_model):
     assert seen.data_ptr() == k  # a view of the cache, not a copy
     in_chunks(model, prompt(1, 24), cache, [5, 1, 18])
     assert (cache.k.data_ptr(), cache.v.data_ptr()) == (k, v)
+
+
+def test_static_shapes_and_numbers_do_not_change_as_it_fills(make_model):
+    """What a compiler would have to compile again for: no tensor moves or changes its shape, no Python number moves."""
+    model = make_model()
+    cache = StaticKVCache(model.config)
+
+    def seen(layer):
+        k, v = layer.append(torch.ones(1, 4, 1, 8), torch.ones(1, 4, 1, 8))
+        return k.shape, k.data_ptr(), v.shape, v.data_ptr(), layer.mask(1).shape, id(layer.length)
+
+    before = [seen(cache.layer(i)) for i in (0, 1)]
+    in_chunks(model, prompt(1, 20), cache, [5, 1, 14])
+    assert [seen(cache.layer(i)) for i in (0, 1)] == before
+    assert cache.length == 20
 
 
 def test_half_precision_holds_what_the_model_computes(make_model):
@@ -121,24 +147,44 @@ HOLDS = "the model's keys are torch.float32 on cpu, but the cache holds "
         ({"n_layer": 1}, "the model has more layers than the 1 that the cache is for."),
         ({"max_len": 6}, "7 tokens do not fit into a cache of 6."),
         ({"dtype": torch.float16}, HOLDS + "torch.float16 on cpu."),
-        ({"device": "meta"}, HOLDS + "torch.float32 on meta."),
     ],
 )
-def test_another_cache_is_refused_in_one_sentence_and_unharmed(make_model, change, message):
+@both_caches
+def test_another_cache_is_refused_in_one_sentence_and_unharmed(make_model, change, message, Cache):
     model = make_model(n_kv_head=2)
     shape = {"n_layer": 2, "n_embd": 32, "n_kv_head": 2} | {k: v for k, v in change.items() if k.startswith("n_")}
     made = {k: v for k, v in change.items() if not k.startswith("n_")}
-    cache = KVCache(GPTConfig(n_head=4, block_size=24, vocab_size=17, **shape), **made)
+    cache = Cache(GPTConfig(n_head=4, block_size=24, vocab_size=17, **shape), **made)
     with pytest.raises((ValueError, TypeError)) as error:
         model(prompt(1, 7), cache)
     assert str(error.value) == message
     assert cache.length == 0
 
 
+def test_a_cache_on_another_device_is_refused(make_model):
+    model, cache = make_model(n_kv_head=2), KVCache(make_model(n_kv_head=2).config, device="meta")
+    with pytest.raises(TypeError, match=re.escape(HOLDS + "torch.float32 on meta.")):
+        model(prompt(1, 7), cache)
+    static = StaticKVCache(model.config)  # its length has to be somewhere
+    static.k = [k.to("meta") for k in static.k]
+    with pytest.raises(TypeError, match=re.escape(HOLDS + "torch.float32 on meta.")):
+        model(prompt(1, 7), static)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_layer_refuses_what_it_has_no_room_for(make_model, T):
+    """A slice past the end is empty, and one token would vanish into it without a word."""
+    layer = KVCache(make_model().config, max_len=5).layer(0)
+    full = LayerCache(layer.k, layer.v, 5)
+    with pytest.raises(ValueError, match=re.escape(f"{5 + T} tokens do not fit into a cache of 5.")):
+        full.append(torch.ones(1, 4, T, 8), torch.ones(1, 4, T, 8))
+
+
+@both_caches
 @torch.no_grad()
-def test_after_a_refusal_the_cache_goes_on_as_if_nothing_had_happened(make_model):
+def test_after_a_refusal_the_cache_goes_on_as_if_nothing_had_happened(make_model, Cache):
     model = make_model()
-    idx, cache = prompt(1, 24), KVCache(model.config, max_len=12)
+    idx, cache = prompt(1, 24), Cache(model.config, max_len=12)
     model(idx[:, :10], cache)
     for bad in (prompt(1, 3, seed=1), prompt(2, 1, seed=1)):
         with pytest.raises(ValueError, match=r"do not fit|batch 2"):
@@ -147,11 +193,12 @@ def test_after_a_refusal_the_cache_goes_on_as_if_nothing_had_happened(make_model
     torch.testing.assert_close(model(idx[:, 10:12], cache), model(idx[:, :12])[:, 10:], **CLOSE)
 
 
+@both_caches
 @torch.no_grad()
-def test_a_failure_in_a_later_layer_leaves_the_cache_usable(make_model):
+def test_a_failure_in_a_later_layer_leaves_the_cache_usable(make_model, Cache):
     """All layers move on together or not at all, though the first has already written its keys."""
     model = make_model()
-    idx, cache = prompt(1, 12), KVCache(model.config)
+    idx, cache = prompt(1, 12), Cache(model.config)
     model(idx[:, :6], cache)
     hook = model.h[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
@@ -160,27 +207,37 @@ def test_a_failure_in_a_later_layer_leaves_the_cache_usable(make_model):
     torch.testing.assert_close(model(idx[:, 6:], cache), model(idx)[:, 6:], **CLOSE)
 
 
+@both_caches
 @torch.no_grad()
-def test_past_block_size_nothing_is_silently_wrong(make_model):
+def test_past_block_size_nothing_is_silently_wrong(make_model, Cache):
     model = make_model()
-    cache = KVCache(model.config)
+    cache = Cache(model.config)
     model(prompt(1, 23), cache)
-    with pytest.raises(ValueError, match=re.escape("25 tokens are more than the model's block_size of 24.")):
+    with pytest.raises(ValueError, match=re.escape("25 tokens do not fit into a cache of 24.")):
         model(prompt(1, 2), cache)
     assert cache.length == 23
     model(prompt(1, 1), cache)  # the 24th still fits
-    with pytest.raises(ValueError, match=re.escape("25 tokens are more than the model's block_size of 24.")):
+    with pytest.raises(ValueError, match=re.escape("25 tokens do not fit into a cache of 24.")):
         model(prompt(1, 1), cache)
 
 
+@both_caches
 @torch.no_grad()
-def test_two_caches_of_one_model_do_not_know_of_each_other(make_model):
+def test_two_caches_of_one_model_do_not_know_of_each_other(make_model, Cache):
     model = make_model()
-    a, b, one, two = prompt(1, 8), prompt(1, 8, seed=1), KVCache(model.config), KVCache(model.config)
+    a, b, one, two = prompt(1, 8), prompt(1, 8, seed=1), Cache(model.config), Cache(model.config)
     for t in range(8):
         last = model(a[:, t : t + 1], one), model(b[:, t : t + 1], two)
     torch.testing.assert_close(last[0], model(a)[:, -1:], **CLOSE)
     torch.testing.assert_close(last[1], model(b)[:, -1:], **CLOSE)
+
+
+@both_caches
+@torch.no_grad()
+def test_a_cache_longer_than_the_models_window_is_refused(make_model, Cache):
+    cache = Cache(replace(make_model().config, block_size=25))
+    with pytest.raises(ValueError, match=re.escape("25 tokens are more than the model's block_size of 24.")):
+        make_model()(prompt(1, 1), cache)
 
 
 @pytest.mark.parametrize("max_len", [0, -1, 25])

@@ -221,13 +221,48 @@ def test_dropout_stands_on_the_embedding_and_on_each_residual_branch(make_model)
 def test_set_attention_reaches_every_layer(make_model):
     model, calls = make_model(n_layer=3), []
 
-    def counting(q, k, v):
+    def counting(q, k, v, mask=None):
         calls.append(q.shape)
-        return naive_attention(q, k, v)
+        return naive_attention(q, k, v, mask)
 
     assert model.set_attention(counting) is model
     model(prompt(17, 2, 5))
     assert calls == [(2, 4, 5, 8)] * 3
+
+
+@pytest.mark.parametrize("attention", [naive_attention, sdpa_attention])
+def test_a_mask_says_which_keys_are_seen(attention):
+    """What is hidden may hold anything: the answer is that of the keys that are seen, alone."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    seen = torch.tensor([True, True, False, True, False, False])
+    expected = naive_attention(q, k[:, :, seen], v[:, :, seen])
+    k[:, :, ~seen], v[:, :, ~seen] = 1e4, -1e4
+    torch.testing.assert_close(attention(q, k, v, seen[None]), expected)
+
+
+def test_swap_linears_reaches_each_one_and_keeps_the_tied_head(make_model):
+    model, expected = make_model(n_layer=3), make_model(n_layer=3)(prompt(17, 2, 5))
+    swapped = []
+
+    class Swapped(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight, self.bias = linear.weight, linear.bias
+            swapped.append(self)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    names = list(model.state_dict())
+    assert model.swap_linears(Swapped) is model
+    assert len(swapped) == 3 * 4 + 1
+    assert not any(type(m) is torch.nn.Linear for m in model.modules())
+    assert list(model.state_dict()) == names
+    assert model.lm_head.weight is model.wte.weight
+    assert torch.equal(model(prompt(17, 2, 5)), expected)
+    with pytest.raises(ValueError, match="the model has no Linear left to swap"):
+        model.swap_linears(Swapped)  # a second kind would silently not be used
 
 
 def test_more_tokens_than_positions(make_model):
