@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ GLUE_PREFIX = "application/papermill.record/"  # myst-nb hides an output of this
 
 
 def show(*objects: Any) -> None:
-    """Display the source of functions, classes, methods or modules as one highlighted listing.
+    """Display the source of functions, classes, methods or modules, or the text of a file, as one highlighted listing.
 
     Tag the cell `nbval-check-output`: the tests then compare the listing with the source as it is.
     """
@@ -141,15 +142,21 @@ def _html_table(lines: list[list[str]], align: str) -> str:
 
 def _listing(obj: Any) -> str:
     """The source of one object, as it stands in its file, in a fence that it cannot end."""
+    if isinstance(obj, Path):
+        return _fenced(obj.read_text(encoding="utf-8"), obj.suffix.lstrip("."))
     code = obj.fget if isinstance(obj, property) else obj.func if isinstance(obj, cached_property) else obj
     try:
-        source = textwrap.dedent(inspect.getsource(code)).rstrip("\n")
+        return _fenced(textwrap.dedent(inspect.getsource(code)), "python")
     except (TypeError, OSError):
         raise TypeError(
             f"{obj!r} has no Python source; show takes functions, classes, methods and modules that have one."
         ) from None
+
+
+def _fenced(source: str, language: str) -> str:
+    source = source.rstrip("\n")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", source)), default=0))
-    return f"{fence}python\n{source}\n{fence}"
+    return f"{fence}{language}\n{source}\n{fence}"
 
 
 def _svg(fig: "Figure") -> str:
