@@ -1,4 +1,4 @@
-# `make help` says what there is. Nothing but python3 (3.10 or newer) and make is assumed.
+# `make help` says what there is. Nothing but python3 (3.10 or newer) and make is assumed, and a C++ compiler by the tests.
 
 PYTHON ?= python3
 PIP_ARGS ?=

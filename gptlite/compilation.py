@@ -1,0 +1,105 @@
+"""Faster arithmetic in the same model: Linears that stream their weights, and an attention that a compiler can fuse.
+
+At batch 1 a matrix product is a reduction: each weight is used once, so its speed is that of reading it.
+"""
+
+import math
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptlite.corpus import cache_folder
+from gptlite.device import processor_name
+from gptlite.model import sdpa_attention
+
+
+class ReductionLinear(nn.Module):
+    """A Linear that treats one row as multiply-and-sum, which `torch.compile` fuses with what stands around it.
+
+    It is made for compiled code: in eager mode it writes a product as large as the weight.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1]:
+            return F.linear(x, self.weight, self.bias)
+        y = (self.weight * x.reshape(-1)).sum(-1)  # (out, in) -> (out,)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+@cache
+def load_gemv() -> None:
+    """Build `gemv.cpp`, once for each processor and torch, and register it as `torch.ops.gptlite.gemv`."""
+    source = Path(__file__).with_name("gemv.cpp")
+    made_of = f"{torch.__version__} {processor_name(torch.device('cpu'))} {source.read_text(encoding='utf-8')}"
+    library = cache_folder() / f"gemv-{sha256(made_of.encode()).hexdigest()[:12]}.so"
+    if library.exists():
+        torch.ops.load_library(str(library))
+    else:  # it appears there whole or not at all, whoever else builds it
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            _build_and_load(source, folder).replace(library)
+
+    @torch.library.register_fake("gptlite::gemv")
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _build_and_load(source: Path, folder: str) -> Path:
+    """The shared library of a C++ file, built in `folder` for this processor; an OSError says what is missing."""
+    from torch.utils import cpp_extension
+
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # where pip puts ninja
+    if not (shutil.which(cpp_extension.get_cxx_compiler().split()[0]) and shutil.which("ninja")):
+        raise OSError("GemvLinear is built where it runs: install a C++ compiler and ninja (pip install ninja).")
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler lacks it: one thread then
+    flags = {"extra_cflags": ["-O3", "-march=native", *openmp], "extra_ldflags": openmp}
+    name = f"gptlite_{source.stem}"
+    return Path(cpp_extension.load(name, [str(source)], build_directory=folder, is_python_module=False, **flags))
+
+
+class GemvLinear(nn.Module):
+    """A Linear on the CPU that reads its weights once, at memory's speed, for up to `few` rows; more take `F.linear`.
+
+    Weights are float32 or bfloat16; for float16 PyTorch has such a kernel itself. It has no backward pass.
+    """
+
+    few = 4  # from about five rows on, a matrix product does better than as many dot products
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        load_gemv()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > self.few * x.shape[-1] or x.dtype == torch.float16:
+            return F.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            raise RuntimeError("GemvLinear has no backward pass; call it under torch.no_grad().")
+        return torch.ops.gptlite.gemv(x, self.weight, self.bias)
+
+
+def reduction_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of one query as two reductions and a softmax, for a compiler to fuse; more queries take SDPA."""
+    B, H, Tq, D = q.shape
+    if Tq > 1:
+        return sdpa_attention(q, k, v, mask)
+    groups = q.view(B, k.shape[1], -1, 1, D)  # (B, H_kv, H / H_kv, 1, D): the heads that share keys side by side
+    scores = (groups * k[:, :, None]).sum(-1) / math.sqrt(D)  # (B, H_kv, H / H_kv, Tk)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)  # the mask is (1, Tk)
+    weights = scores.softmax(-1)
+    return (weights[..., None] * v[:, :, None]).sum(-2).view(B, H, 1, D)

@@ -1,0 +1,52 @@
+// y = W x + b for few rows x, at the speed at which memory delivers W: each row of W is read once, in order.
+#include <ATen/Dispatch_v2.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+constexpr int64_t LANES = 64;  // independent partial sums: one alone would wait for each addition to end
+
+template <typename T>
+float dot(const T* w, const float* x, int64_t n) {
+  float sums[LANES] = {0}, sum = 0;
+  int64_t k = 0;
+  for (; k + LANES <= n; k += LANES)
+    for (int64_t j = 0; j < LANES; j++) sums[j] += static_cast<float>(w[k + j]) * x[k + j];
+  for (; k < n; k++) sum += static_cast<float>(w[k]) * x[k];
+  for (int64_t half = LANES / 2; half > 0; half /= 2)  // in pairs: one after the other would again be a wait for each
+    for (int64_t j = 0; j < half; j++) sums[j] += sums[j + half];
+  return sums[0] + sum;
+}
+
+// x (..., K), weight (N, K), bias (N,) or none -> (..., N), accumulated in float32
+at::Tensor gemv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) > 0, "the weight is ", weight.sizes(), ", but must be (N, K).");
+  const int64_t N = weight.size(0), K = weight.size(1), rows = x.numel() / K;
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == K, "the rows are ", x.sizes(), ", but must end in ", K, " columns.");
+  TORCH_CHECK_VALUE(!bias || bias->numel() == N, "the bias has ", bias ? bias->numel() : 0, " numbers, but must have ", N, ".");
+  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == weight.scalar_type()),
+                   "the rows are ", x.scalar_type(), ", but the weight is ", weight.scalar_type(), "; all must be alike.");
+  auto shape = x.sizes().vec();
+  shape.back() = N;
+  const at::Tensor xs = x.contiguous(), w = weight.contiguous(), b = bias ? bias->contiguous() : at::Tensor();
+  at::Tensor y = at::empty(shape, x.options());
+  AT_DISPATCH_V2(weight.scalar_type(), "gemv", AT_WRAP([&] {
+    const scalar_t *X = xs.const_data_ptr<scalar_t>(), *W = w.const_data_ptr<scalar_t>();
+    const scalar_t* B = bias ? b.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* Y = y.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, N, 32, [&](int64_t begin, int64_t end) {
+      const std::vector<float> wide(X, X + rows * K);  // converted once a thread, not once a row of W
+      for (int64_t i = begin; i < end; i++)
+        for (int64_t r = 0; r < rows; r++)  // a row of W comes from memory once, and then from the cache
+          Y[r * N + i] = static_cast<scalar_t>(dot(W + i * K, &wide[r * K], K) + (B ? static_cast<float>(B[i]) : 0));
+    });
+  }), at::kFloat, at::kBFloat16);
+  return y;
+}
+
+TORCH_LIBRARY_FRAGMENT(gptlite, m) { m.def("gemv(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
+TORCH_LIBRARY_IMPL(gptlite, CPU, m) { m.impl("gemv", gemv); }

@@ -1,0 +1,222 @@
+"""The swapped parts compute what the parts they replace compute; and a compiled step is compiled once."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptlite import compilation
+from gptlite.compilation import GemvLinear, ReductionLinear, load_gemv, reduction_attention
+from gptlite.generate import decode_one_token, prefill
+from gptlite.kv_cache import KVCache, StaticKVCache
+from gptlite.model import naive_attention
+
+KINDS = [ReductionLinear, GemvLinear]
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def prompt(B, T, seed=0):
+    return torch.randint(17, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    st.sampled_from(KINDS), st.integers(1, 200), st.integers(1, 70), st.booleans(),
+    st.sampled_from([(), (1,), (1, 1), (3, 1), (2, 2), (5,), (2, 3, 2), (0,), (2, 0)]),
+    st.sampled_from(["float32", "bfloat16"]),
+)  # fmt: skip
+@torch.no_grad()
+def test_a_swapped_linear_is_the_linear_to_rounding(kind, K, N, has_bias, rows, dtype):
+    """Against the product in float64: within the rounding of the result and of a float32 sum of K terms."""
+    dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N, bias=has_bias).to(dtype)
+    x = random(*rows, K, dtype=dtype)
+    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if has_bias else None)
+    sizes = F.linear(x.double().abs(), linear.weight.double().abs()) + 1
+    y = kind(linear)(x)
+    assert y.shape == exact.shape and y.dtype == dtype
+    eps, rounds_products = torch.finfo(dtype).eps, kind is ReductionLinear and dtype == torch.bfloat16  # in eager mode
+    bound = eps * exact.abs() * (1 + (dtype == torch.float32)) + 2e-7 * K * sizes + rounds_products * 2 * eps * sizes
+    assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+@torch.no_grad()
+def test_few_rows_are_dot_products_and_many_are_one_product():
+    linear = nn.Linear(64, 48)
+    x = random(GemvLinear.few + 1, 64)
+    swapped = GemvLinear(linear)
+    assert torch.equal(swapped(x), linear(x))
+    row_by_row = torch.cat([swapped(row) for row in x[: GemvLinear.few].split(1)])
+    assert torch.equal(swapped(x[: GemvLinear.few]), row_by_row)
+
+
+@torch.no_grad()
+def test_two_threads_give_the_same_bits():
+    linear, x = nn.Linear(100, 300), random(2, 100)
+    one = GemvLinear(linear)(x)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(GemvLinear(linear)(x), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_gradient_through_the_kernel_is_refused():
+    linear = nn.Linear(8, 4)
+    with pytest.raises(RuntimeError, match=r"GemvLinear has no backward pass; call it under torch\.no_grad\(\)\."):
+        GemvLinear(linear)(random(1, 8))
+    GemvLinear(linear)(random(5, 8)).sum().backward()  # many rows go through F.linear, which has one
+    assert linear.weight.grad is not None
+
+
+def test_gemv_reads_strided_tensors_rightly():
+    load_gemv()
+    x, weight, bias = random(2, 100)[:, ::2], random(50, 30).T, random(60)[::2]
+    torch.testing.assert_close(torch.ops.gptlite.gemv(x, weight, bias), F.linear(x, weight, bias), **CLOSE)
+
+
+def test_float16_takes_the_kernel_that_pytorch_has():
+    linear = nn.Linear(64, 48).half()
+    x = random(1, 64, dtype=torch.float16)
+    assert torch.equal(GemvLinear(linear)(x), linear(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "error", "message"),
+    [
+        ((1, 3), (2, 4), None, ValueError, "the rows are [1, 3], but must end in 4 columns."),
+        ((1, 4), (2, 4), (3,), ValueError, "the bias has 3 numbers, but must have 2."),
+        ((1, 4), (4,), None, ValueError, "the weight is [4], but must be (N, K)."),
+        ((1, 0), (2, 0), None, ValueError, "the weight is [2, 0], but must be (N, K)."),
+        ((), (2, 4), None, ValueError, "the rows are [], but must end in 4 columns."),
+    ],
+)
+def test_gemv_refuses_shapes_that_do_not_fit(x, weight, bias, error, message):
+    load_gemv()
+    with pytest.raises(error, match=re.escape(message)):
+        torch.ops.gptlite.gemv(torch.ones(x), torch.ones(weight), None if bias is None else torch.ones(bias))
+
+
+def test_gemv_refuses_two_formats():
+    load_gemv()
+    with pytest.raises(TypeError, match="the rows are BFloat16, but the weight is Float; all must be alike"):
+        torch.ops.gptlite.gemv(torch.ones(1, 4).bfloat16(), torch.ones(2, 4), None)
+    with pytest.raises(TypeError, match="all must be alike"):
+        torch.ops.gptlite.gemv(torch.ones(1, 4), torch.ones(2, 4), torch.ones(2).bfloat16())
+
+
+def test_without_a_compiler_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("GPTLITE_CACHE", str(tmp_path))
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda name: "")
+    with pytest.raises(OSError, match="install a C\\+\\+ compiler and ninja"):
+        load_gemv.__wrapped__()
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 24), st.data())
+def test_attention_as_reductions_is_attention(B, H_kv, Tq, Tk, data):
+    Tq = min(Tq, Tk)
+    q, k, v = random(B, 4, Tq, 8), random(B, H_kv, Tk, 8, seed=1), random(B, H_kv, Tk, 8, seed=2)
+    torch.testing.assert_close(reduction_attention(q, k, v), naive_attention(q, k, v), **CLOSE)
+    seen = torch.zeros(Tq, Tk, dtype=torch.bool)
+    for row in seen:  # each query sees something
+        row[data.draw(st.lists(st.integers(0, Tk - 1), min_size=1))] = True
+    torch.testing.assert_close(reduction_attention(q, k, v, seen), naive_attention(q, k, v, seen), **CLOSE)
+
+
+def read_on(step, model, cache, tokens=10):
+    """Greedy tokens and logits of a text continued with `step`."""
+    logits, found, chosen = prefill(model, prompt(1, 5), cache), [], []
+    for _ in range(tokens):
+        chosen.append(logits.argmax(-1, keepdim=True))
+        logits = step(model, chosen[-1], cache)
+        found.append(logits)
+    return torch.cat(chosen), torch.stack(found)
+
+
+class Graphs:
+    """A backend for `torch.compile` that keeps the graphs that it was given, and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+
+def compiled(backend, **options):
+    """`decode_one_token`, compiled afresh: what is compiled is kept with the code of a function.
+
+    A break in the graph is allowed, so that it shows as one graph more.
+    """
+    torch._dynamo.reset()
+    return torch.compile(decode_one_token, backend=backend, **options)
+
+
+@torch.no_grad()
+def test_a_step_with_static_shapes_is_compiled_once(make_model):
+    model, graphs = make_model(), Graphs()
+    cache, step = StaticKVCache(model.config), compiled(graphs, dynamic=False)
+    tokens, logits = read_on(step, model, cache, 15)
+    assert len(graphs.graphs) == 1
+    assert cache.length == 20
+    cache.rewind()
+    read_on(step, model, cache, 3)
+    read_on(step, model, StaticKVCache(model.config), 3)  # nor for another text
+    assert len(graphs.graphs) == 1
+    expected = read_on(decode_one_token, model, KVCache(model.config), 15)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logits, expected[1], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_compiled_step_calls_the_kernel_for_each_linear(make_model):
+    model, graphs = make_model(n_layer=3).swap_linears(GemvLinear), Graphs()
+    read_on(compiled(graphs, dynamic=False), model, StaticKVCache(model.config), 2)
+    called = [node.target for node in graphs.graphs[0].graph.nodes]
+    assert sum("gptlite.gemv" in str(target) for target in called) == 3 * 4 + 1
+    assert F.linear not in called
+
+
+@torch.no_grad()
+def test_a_compiled_step_on_a_full_cache_fails_and_does_not_count_the_token(make_model):
+    model = make_model()
+    cache, step = StaticKVCache(model.config), compiled(Graphs(), dynamic=False)
+    read_on(step, model, cache, 19)
+    assert cache.length == 24
+    with pytest.raises((IndexError, RuntimeError)):
+        step(model, prompt(1, 1), cache)
+    assert cache.length == 24
+
+
+@torch.no_grad()
+def test_a_step_with_a_growing_cache_is_compiled_for_each_token(make_model):
+    """The bug that the static cache ends; compiled for shapes that may change, it is compiled twice."""
+    model = make_model()
+    for options, times in (({"dynamic": False}, 6), ({}, 2)):
+        graphs = Graphs()
+        read_on(compiled(graphs, **options), model, KVCache(model.config), 6)
+        assert len(graphs.graphs) == times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_compiled_greedy_text_is_that_of_the_eager_model(make_model, kind):
+    model = make_model(n_kv_head=2)
+    expected = read_on(decode_one_token, model, KVCache(model.config), 15)
+    swapped = copy.deepcopy(model).swap_linears(kind).set_attention(reduction_attention)
+    tokens, logits = read_on(compiled("inductor", dynamic=False), swapped, StaticKVCache(model.config), 15)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logits, expected[1], atol=1e-4, rtol=1e-4)
