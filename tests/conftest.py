@@ -1,5 +1,7 @@
 """What several tests share."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -11,6 +13,10 @@ from gptlite.model import GPT, GPTConfig
 hypothesis.settings.register_profile("book", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("book")
+
+# Without a GPU, Triton's kernels run in its interpreter, if this is set before anything (as torch.compile) imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
