@@ -36,7 +36,7 @@ book: $(READY) ## build the site, warnings as errors, and print the page to open
 	@echo "Building the book"
 	@$(PY) scripts/build_book.py $(SITE)
 
-test: $(READY) ## every test: unit, notebooks re-executed, built site, browser (needs Chromium)
+test: $(READY) ## every test: unit, notebooks re-executed, built site, browser (needs Chromium and a C++ compiler)
 	@$(MAKE) --no-print-directory book
 	$(PY) scripts/check_notebooks.py
 	$(PYTEST) $(NBVAL) --durations=12 tests notebooks

@@ -77,7 +77,7 @@ class GemvLinear(nn.Module):
     Weights are float32 or bfloat16; for float16 PyTorch has such a kernel itself. It has no backward pass.
     """
 
-    few = 4  # from about five rows on, a matrix product does better than as many dot products
+    few = 4  # with many rows a matrix product does better: it uses a weight for several while a register holds it
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
