@@ -124,8 +124,9 @@ class StaticKVCache(KVCache):
     """A KV cache in which no shape and no Python number changes from step to step, as a compiler wants it.
 
     Its length is a tensor's value, and every step gets all `max_len` keys under a mask, at the price of reading those
-    that are not there yet. (As `StaticCache` in Transformers and the cache of gpt-fast. Its tensors are no buffers, so
-    `mode="reduce-overhead"` on a GPU needs `torch._dynamo.mark_static_address` on each.)
+    that are not there yet; the first tokens, with nothing before them, see each other alone. (As `StaticCache` in
+    Transformers and the cache of gpt-fast. Its tensors are no buffers, so `mode="reduce-overhead"` on a GPU needs
+    `torch._dynamo.mark_static_address` on each.)
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class StaticKVCache(KVCache):
     @length.setter
     def length(self, length: int) -> None:
         self.past.fill_(length)
+        self.empty = length == 0  # the one thing that changes in Python, and once: a prompt is another program anyway
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         """Positions (T,) of the next T tokens in the text.
@@ -162,11 +164,12 @@ class StaticKVCache(KVCache):
 
     def layer(self, i: int) -> "StaticLayerCache":
         """What block i of the model needs to see; no Python number is read from the length, which would wait for it."""
-        return StaticLayerCache(*self._keys_and_values(i), self.past)
+        return StaticLayerCache(*self._keys_and_values(i), self.past, self.empty)
 
     def advance(self, T: int) -> None:
         """Count T appended tokens as past; called once, after the last layer."""
         self.past.add_(T)
+        self.empty = False
 
 
 @dataclass(frozen=True)
@@ -174,16 +177,23 @@ class StaticLayerCache(LayerCache):
     """One layer's keys and values (B, H_kv, max_len, D), of which as many are past as the tensor `length` says."""
 
     length: Tensor
+    empty: bool
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, H_kv, T, D) behind the past; return all max_len keys and values, also those to come."""
-        self._check(k)
-        at = self.length + torch.arange(k.shape[2], device=k.device)  # (T,)
-        self.k.index_copy_(2, at, k.detach())
-        self.v.index_copy_(2, at, v.detach())
-        return self.k, self.v
+        """Write k and v (B, H_kv, T, D) behind the past; return all max_len keys and values, also those to come.
 
-    def mask(self, T: int) -> Tensor:
-        """True (T, max_len) where one of the last T queries may see a key: the keys that are written, up to its own."""
+        With nothing before them k and v are returned themselves, since all else would be masked.
+        """
+        self._check(k)
+        k, v = k.detach(), v.detach()
+        at = self.length + torch.arange(k.shape[2], device=k.device)  # (T,)
+        self.k.index_copy_(2, at, k)
+        self.v.index_copy_(2, at, v)
+        return (k, v) if self.empty else (self.k, self.v)
+
+    def mask(self, T: int) -> Tensor | None:
+        """True (T, max_len) where one of the last T queries may see a key: those that are written, up to its own."""
+        if self.empty:
+            return None
         keys, queries = torch.arange(self.k.shape[2], device=self.k.device), torch.arange(T, device=self.k.device)
         return keys <= self.length + queries[:, None]

@@ -98,6 +98,7 @@ def test_static_shapes_and_numbers_do_not_change_as_it_fills(make_model):
     """What a compiler would have to compile again for: no tensor moves or changes its shape, no Python number moves."""
     model = make_model()
     cache = StaticKVCache(model.config)
+    model(prompt(1, 1), cache)
 
     def seen(layer):
         k, v = layer.append(torch.ones(1, 4, 1, 8), torch.ones(1, 4, 1, 8))
@@ -106,7 +107,21 @@ def test_static_shapes_and_numbers_do_not_change_as_it_fills(make_model):
     before = [seen(cache.layer(i)) for i in (0, 1)]
     in_chunks(model, prompt(1, 20), cache, [5, 1, 14])
     assert [seen(cache.layer(i)) for i in (0, 1)] == before
-    assert cache.length == 20
+    assert cache.length == 21
+
+
+def test_what_is_read_into_an_empty_static_cache_sees_only_itself(make_model):
+    """The prompt is most of what attention works on, and the rest of the cache would be masked."""
+    model = make_model()
+    cache, k = StaticKVCache(model.config), torch.ones(1, 4, 3, 8)
+    for emptied in range(2):
+        assert cache.layer(0).append(k, k)[0].shape == k.shape, emptied
+        assert cache.layer(0).mask(3) is None
+        model(prompt(1, 3), cache)
+        assert cache.layer(0).append(k, k)[0].shape == (1, 4, 24, 8)
+        cache.rewind(2)
+        assert cache.layer(0).mask(3).tolist() == [[key <= 2 + query for key in range(24)] for query in range(3)]
+        cache.rewind()
 
 
 def test_half_precision_holds_what_the_model_computes(make_model):
