@@ -17,6 +17,7 @@ float dot(const T* w, const float* x, int64_t n) {
   for (; k + LANES <= n; k += LANES)
     for (int64_t j = 0; j < LANES; j++) sums[j] += static_cast<float>(w[k + j]) * x[k + j];
   for (; k < n; k++) sum += static_cast<float>(w[k]) * x[k];
+#pragma GCC unroll 6
   for (int64_t half = LANES / 2; half > 0; half /= 2)  // in pairs: one after the other would again be a wait for each
     for (int64_t j = 0; j < half; j++) sums[j] += sums[j + half];
   return sums[0] + sum;
