@@ -1,0 +1,172 @@
+"""Decoding, and reading a prompt, in turns with llama.cpp and with PyTorch's own best: one shape, one sitting.
+
+    python -m venv peers && peers/bin/pip install llama-cpp-python gguf    # it is compiled, for some minutes
+    python scripts/race_llama_cpp.py peers/bin/python                      # --record keeps the result with the book
+
+All have the same weights of GPT-2 small's shape, random ones: speed does not depend on them. llama.cpp runs in a
+process of its own, llama_cpp_peer.py, which is stopped while it is not its turn.
+"""
+
+import argparse
+import copy
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import types
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in large pages; read when torch allocates its first
+
+import numpy as np
+import torch
+
+from gptlite.bench import measure_alternately, ratio
+from gptlite.compilation import GemvLinear, reduction_attention
+from gptlite.generate import decode_one_token, prefill
+from gptlite.kv_cache import StaticKVCache
+from gptlite.model import GPT, GPT2_SMALL
+from gptlite.results import Measurement, measurement, record
+from gptlite.roofline import Machine
+
+PROMPT, NEW = 128, 128
+STATIC = {"dynamic": False, "fullgraph": True}
+STOCK = "PyTorch max-autotune"
+PEER = Path(__file__).with_name("llama_cpp_peer.py")
+
+
+class LlamaCpp:
+    """llama.cpp in another process, with the weights of a model in one number format."""
+
+    def __init__(self, python: str, model: GPT, prompt: list[int], further: list[int], folder: Path):
+        path, dtype = folder / "weights.npz", str(model.wte.weight.dtype).removeprefix("torch.")
+        np.savez(path, **{name: tensor.float().numpy() for name, tensor in model.state_dict().items()})
+        task = json.dumps({"prompt": prompt, "further": further, "shape": asdict(model.config)})
+        command = [python, str(PEER), str(path), dtype, str(torch.get_num_threads()), task]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.version = self._answer()
+
+    def ask(self, request: str):
+        """Its answer, when it is done."""
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        self.process.send_signal(signal.SIGCONT)
+        answer = self._answer()
+        self.process.send_signal(signal.SIGSTOP)  # or its threads would wait for more by asking all the time
+        return answer
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"llama.cpp ended with status {self.process.wait()}; what it said stands above.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Compiled:
+    """The same requests, answered by two compiled functions."""
+
+    def __init__(self, model: GPT, prompt: list[int], further: list[int]):
+        self.model, self.prompt, self.further = model, torch.tensor([prompt]), torch.tensor(further).view(-1, 1, 1)
+        self.cache = StaticKVCache(model.config, 1, len(prompt) + len(further), model.wte.weight.dtype)
+        self.read, self.step = torch.compile(fresh(prefill), **STATIC), torch.compile(fresh(decode_one_token), **STATIC)
+
+    def prefill(self) -> torch.Tensor:
+        self.cache.rewind()
+        return self.read(self.model, self.prompt, self.cache)
+
+    def decode(self) -> None:
+        self.cache.rewind(len(self.prompt[0]))
+        for token in self.further:
+            self.step(self.model, token, self.cache)
+
+    def choose(self) -> list[int]:
+        logits = [self.prefill()] + [self.step(self.model, token, self.cache) for token in self.further]
+        return torch.cat(logits).argmax(-1).tolist()
+
+
+class Ours(Compiled):
+    """As the chapter on compilation does it: a swapped Linear and a swapped attention."""
+
+    def __init__(self, model: GPT, prompt: list[int], further: list[int]):
+        super().__init__(model.swap_linears(GemvLinear).set_attention(reduction_attention), prompt, further)
+        # nothing that a guard looks at can change here, and looking takes longer than attention does
+        skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # from torch 2.10 on
+        self.step = torch.compile(fresh(decode_one_token), **STATIC, options={"guard_filter_fn": skip} if skip else {})
+        with torch._inductor.config.patch(freezing=True):  # the prompt's products on weights packed for them
+            self.prefill()
+        self.decode()
+
+
+class Stock(Compiled):
+    """The best that PyTorch offers by itself: products of its own, tried at compile time, on packed weights."""
+
+    def __init__(self, model: GPT, prompt: list[int], further: list[int]):
+        super().__init__(model, prompt, further)
+        with torch._inductor.config.patch(freezing=True, max_autotune=True):
+            self.prefill()
+            self.decode()
+
+
+def fresh(f: Callable) -> Callable:
+    """The same function with code of its own: what is compiled is kept with the code."""
+    return types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__)
+
+
+def race(python: str, dtype: torch.dtype, repeats: int) -> list[Measurement]:
+    """Both phases in one number format."""
+    torch.manual_seed(0)
+    model = GPT(GPT2_SMALL).eval().to(dtype)
+    tokens = torch.randint(GPT2_SMALL.vocab_size, (PROMPT + NEW,)).tolist()
+    prompt, further = tokens[:PROMPT], tokens[PROMPT:]
+    with tempfile.TemporaryDirectory() as folder:
+        peer = LlamaCpp(python, model, prompt, further, Path(folder))
+    stock, ours = Stock(copy.deepcopy(model), prompt, further), Ours(model, prompt, further)
+    name, found = str(dtype).removeprefix("torch."), []
+    chosen = peer.ask("choose")
+    for who, runner in (("gptlite", ours), (STOCK, stock)):
+        same = np.mean([a == b for a, b in zip(runner.choose(), chosen, strict=True)])
+        print(f"{name}: after {same:.1%} of the tokens {who} and llama.cpp find the same one likeliest", flush=True)
+    context = {"dtype": name, "batch": 1, "context": f"{PROMPT} + {NEW}", "peer": f"llama-cpp-python {peer.version}"}
+    command = f"python scripts/{Path(__file__).name} PYTHON"
+    for phase, calls, count in (("prefill", 8, PROMPT), ("decode", 1, NEW)):  # a turn takes about a second
+        turns = {"llama.cpp": lambda phase=phase: peer.ask(phase), STOCK: getattr(stock, phase)}
+        turns["gptlite"] = getattr(ours, phase)
+        fns = {who: lambda turn=turn, calls=calls: [turn() for _ in range(calls)] for who, turn in turns.items()}
+        times = measure_alternately(fns, repeats=repeats, warmup=1, device="cpu")
+        label = f"GPT-2 small, {name} {phase}"
+        for who, t in times.items():
+            speed = [calls * count / seconds for seconds in (t.median, t.high, t.low)]
+            found.append(Measurement(f"{label}, {who}", *speed, "tokens/s", command, context=context))
+            print(f"{label}, {who}: {speed[0]:.1f} tokens/s")
+        for who in ("llama.cpp", STOCK):
+            gain = ratio(times[who], times["gptlite"])
+            found.append(measurement(f"{label}, gptlite over {who}", gain, command=command, **context))
+            print(f"{label}, gptlite over {who}: {gain}", flush=True)
+    peer.close()
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("python", help="the Python of an environment with llama-cpp-python and gguf")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--record", action="store_true", help="add the result to assets/results")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    found = [m for dtype in args.dtypes for m in race(args.python, getattr(torch, dtype), args.repeats)]
+    if args.record:
+        print(record(Machine.calibrate(torch.device("cpu")), found))
+
+
+if __name__ == "__main__":
+    main()
