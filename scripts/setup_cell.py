@@ -29,7 +29,7 @@ if not find_spec("gptlite"):
 
     repository = os.environ.get("GPTLITE_REPO", "{address}")
     !git clone -q --depth 1 --branch v{version} {{repository}} gptlite-book
-    %pip install -q --no-deps -e ./gptlite-book safetensors
+    %pip install -q --no-deps -e ./gptlite-book safetensors ninja
     sys.path.insert(0, str(Path("gptlite-book").resolve()))"""
 COLAB = "https://colab.research.google.com/github/"
 
