@@ -66,8 +66,8 @@ class LlamaCpp:
 
     def close(self) -> None:
         """End the process."""
-        self.process.kill()
-        self.process.wait()
+        self.process.send_signal(signal.SIGCONT)
+        self.process.communicate()  # its input ends, so it ends, and deletes its copy of the weights
 
 
 class Compiled:
