@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def lr_factor(step: int, train: TrainConfig) -> float:
 def next_token_loss(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy in nats of the next token, averaged over B * T positions."""
     return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
+
+
+def penalized_loss(model: torch.nn.Module, x: Tensor, y: Tensor, weight: float) -> Tensor:
+    """`next_token_loss` less `weight` times the entropy of the predictions (Pereyra et al., 2017).
+
+    What the loss alone would predict with probability p becomes softer, about as at a temperature of 1 + weight: a cure
+    for a model that has seen its text so often that it is surer of it than of any other text it should be.
+    """
+    log_p = model(x).float().log_softmax(-1)  # (B, T, V)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    return F.nll_loss(log_p.flatten(0, 1), y.flatten()) - weight * entropy
 
 
 @torch.no_grad()
@@ -257,11 +269,16 @@ def main(argv: Iterable[str] | None = None) -> None:
     torch.manual_seed(config.seed)
     model = GPT(replace(model_config, vocab_size=len(corpus.tokenizer))).to(device)
     dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    begun = _begin(model, args.start) if args.start else {}
+    loss_fn = next_token_loss
+    if args.confidence_penalty is not None:
+        loss_fn = partial(penalized_loss, weight=args.confidence_penalty)
+        begun["confidence_penalty"] = args.confidence_penalty
     out = args.out or checkpoints.FOLDER / f"{args.preset}.safetensors"
     state = args.state or out.with_name(out.stem + ".state")
     print(f"{model.n_params():,} parameters on {device} in {dtype}; the run is kept in {state}", file=sys.stderr)
     options = {"dtype": dtype, "compile": args.compile, "eval_every": args.eval_every, "save_every": args.save_every}
-    log = train(model, corpus, config, state_path=state, **options)
+    log = train(model, corpus, config, loss_fn=loss_fn, state_path=state, **options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         val_loss = evaluate(model, corpus.val, model.config.block_size)
         info = {
@@ -270,6 +287,7 @@ def main(argv: Iterable[str] | None = None) -> None:
             "corpus": Path(corpus.name).stem,
             "fingerprint": corpus.fingerprint,
             "train": asdict(config),
+            **begun,
             "log": log,
             "machine": {"device": processor_name(device), "torch": torch.__version__, "dtype": str(dtype)},
             "date": time.strftime("%Y-%m-%d"),
@@ -284,6 +302,14 @@ def main(argv: Iterable[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
+def _begin(model: GPT, path: Path) -> dict[str, Any]:
+    """Load the weights of a checkpoint, or of another run's state, into the model; how those came about."""
+    tensors, info = checkpoints.read_tensors(path)
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if not n.startswith("optimizer.")}
+    checkpoints.load_weights(model, weights, path)
+    return {"start": {"name": path.stem, "train": info.get("train"), "steps": len(info["log"]["train_loss"])}}
+
+
 def _command(args: argparse.Namespace, steps: int, prolonged: list[list[int]]) -> str:
     """The command that makes the same weights anywhere: what was asked for, without where this machine keeps files.
 
@@ -291,7 +317,7 @@ def _command(args: argparse.Namespace, steps: int, prolonged: list[list[int]]) -
     """
     elsewhere = ("preset", "out", "state", "save_every", "eval_every", "compile")
     given = {k: v for k, v in vars(args).items() if v is not None and k not in elsewhere}
-    given["corpus"] = Path(args.corpus).stem
+    given |= {name: Path(given[name]).stem for name in ("corpus", "start") if name in given}
     lines = []
     for reached, length in [*prolonged, (steps, steps)]:
         asked = given | ({"steps": length} if prolonged else {})
@@ -307,6 +333,10 @@ def _parse(argv: Iterable[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpus", default="plays", help="plays, tinyshakespeare, or the path of a text file")
     for name, value in (asdict(TrainConfig()) | {"dropout": 0.0}).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help="default: the preset's")
+    parser.add_argument("--start", type=Path, help="weights to begin with: a checkpoint, or the state of another run")
+    parser.add_argument(
+        "--confidence-penalty", type=float, metavar="WEIGHT", help="of the entropy of the predictions; default: none"
+    )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     has_compiler = bool(shutil.which("c++") or shutil.which("g++") or torch.cuda.is_available())
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=has_compiler)

@@ -48,7 +48,10 @@ def facts(name: str) -> dict[str, str]:
     """The facts of a checkpoint that a page may quote, as text."""
     info = run_info(name)
     train, config = info["train"], info["config"]
-    tokens = train["steps"] * train["batch_size"] * config["block_size"]
+    parts = [(train, train["steps"])]  # a run that began with the weights of another has seen that one's tokens, too
+    if "start" in info:
+        parts.append((info["start"]["train"], info["start"]["steps"]))
+    tokens = sum(steps * of["batch_size"] for of, steps in parts) * config["block_size"]
     machine, dtype = info["machine"], info["machine"]["dtype"].removeprefix("torch.")
     return {
         "loss": f"{info['val_loss']:.3f}",
@@ -67,6 +70,7 @@ def facts(name: str) -> dict[str, str]:
         "adamw_lr": f"{train['adamw_lr']:g}",
         "weight_decay": f"{train['weight_decay']:g}",
         "dropout": f"{config['dropout']:g}",
+        "penalty": f"{info.get('confidence_penalty', 0):g}",
         "minutes": f"{info['log']['seconds'] / 60:.0f}",
         "corpus": info["corpus"],
         "machine": f"{machine['device']}, torch {machine['torch']}, {dtype}",

@@ -16,7 +16,17 @@ from gptlite import train as training
 from gptlite.checkpoints import load, read_tensors, save
 from gptlite.corpus import CharTokenizer, Corpus, sample_batch
 from gptlite.model import GPT, GPTConfig
-from gptlite.train import PRESETS, TrainConfig, evaluate, lr_factor, main, make_optimizers, next_token_loss, train
+from gptlite.train import (
+    PRESETS,
+    TrainConfig,
+    evaluate,
+    lr_factor,
+    main,
+    make_optimizers,
+    next_token_loss,
+    penalized_loss,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"{a} and {b} make {a + b};\n" for a in range(12) for b in range(12))
@@ -138,6 +148,38 @@ def test_the_loss_can_be_swapped(corpus):
         expected = sample_batch(corpus.train, 8, 4, step)
         assert torch.equal(x, expected[0])
         assert torch.equal(y, expected[1])
+
+
+def test_the_penalty_is_the_entropy_of_the_predictions(corpus):
+    model = new_model(dropout=0.0)
+    x, y = sample_batch(corpus.train, 8, 4, 0)
+    p = model(x).softmax(-1)
+    entropy = torch.distributions.Categorical(p).entropy().mean()
+    plain = next_token_loss(model, x, y)
+    torch.testing.assert_close(penalized_loss(model, x, y, 0.0), plain)
+    torch.testing.assert_close(penalized_loss(model, x, y, 0.3), plain - 0.3 * entropy)
+
+
+def test_the_penalty_makes_predictions_softer():
+    """Where the text alone teaches a probability of 0.9, it becomes about that of the temperature 1 + weight."""
+
+    class Bias(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            return self.logits.expand(*x.shape, 2)
+
+    y = torch.tensor([[0] * 9 + [1]])
+    for weight, odds in ((0.0, 9.0), (0.2, 9.0 ** (1 / 1.2))):
+        model = Bias()
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        for _ in range(400):
+            optimizer.zero_grad()
+            penalized_loss(model, y, y, weight).backward()
+            optimizer.step()
+        assert (model.logits[0] - model.logits[1]).exp().item() == pytest.approx(odds, rel=0.1)
 
 
 # Evaluation
@@ -473,6 +515,24 @@ def test_the_recorded_command_says_all_that_makes_the_weights(text_file, tmp_pat
     again = [f"--corpus={text_file}" if option.startswith("--corpus=") else option for option in recorded[3:]]
     main([*again, "--out", str(tmp_path / "b.safetensors"), "--no-compile"])
     assert same_weights(*(load(tmp_path / f"{name}.safetensors").model for name in "ab"))
+
+
+def test_a_run_can_begin_with_the_weights_of_another(text_file, tmp_path, capsys):
+    first = tmp_path / "first.safetensors"
+    main(command(text_file, first))
+    trained = load(first)
+    for start in (first, tmp_path / "first.state"):
+        out = tmp_path / "second.json"
+        more = ["--start", str(start), "--confidence-penalty", "0.1", "--lr", "1e-6", "--adamw-lr", "1e-6"]
+        main(command(text_file, out, *more, "--state", str(tmp_path / f"from{start.suffix}.state")))
+        record = json.loads(out.read_text())
+        assert record["start"] == {"name": "first", "train": trained.info["train"], "steps": 3}
+        assert record["confidence_penalty"] == 0.1
+        assert "--start=first" in record["command"] and "--confidence-penalty=0.1" in record["command"]
+        assert record["val_loss"] == pytest.approx(trained.info["val_loss"], abs=2e-3)  # with such a learning rate
+    other = command(text_file, out, "--start", str(ROOT / "assets" / "checkpoints" / "teacher.safetensors"))
+    with pytest.raises(ValueError, match="is of another architecture"):
+        main([*other, "--state", str(tmp_path / "other.state")])
 
 
 def test_the_record_of_a_prolonged_run_says_how_it_came_about(text_file, tmp_path, capsys):
