@@ -104,11 +104,7 @@ def flash_backward(
     q, grad, out, lse = q.view(shape), grad.reshape(shape), out.view(shape), lse.view(shape[:-1])
     k, v = k[:, :, None], v[:, :, None]
     dq, dk, dv = torch.zeros_like(q, dtype=torch.float32), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)  # (..., Tq): how far a change of all a query's scores alike would move the loss
-    for i in range(0, Tq, block_q):
-        rows = slice(i, min(i + block_q, Tq))
-        grad_i, out_i = traffic.load(grad[..., rows, :], out[..., rows, :])
-        traffic.store(delta[..., rows], (grad_i * out_i).sum(-1))
+    delta = _projections(grad, out, block_q, traffic)
     for j in range(0, Tk, block_k):
         columns = slice(j, min(j + block_k, Tk))
         k_j, v_j = traffic.load(k[..., columns, :], v[..., columns, :])
@@ -125,6 +121,16 @@ def flash_backward(
         traffic.store(dk[..., columns, :], dk_j)
         traffic.store(dv[..., columns, :], dv_j)
     return dq.view(B, H, Tq, D).to(q.dtype), dk.squeeze(2), dv.squeeze(2)
+
+
+def _projections(grad: Tensor, out: Tensor, block_q: int, traffic: Traffic) -> Tensor:
+    """Each query's product of its gradient and its result, (..., Tq): the mean of dP over all its keys."""
+    delta = out.new_empty(out.shape[:-1], dtype=torch.float32)
+    for i in range(0, out.shape[-2], block_q):
+        rows = slice(i, min(i + block_q, out.shape[-2]))
+        grad_i, out_i = traffic.load(grad[..., rows, :], out[..., rows, :])
+        traffic.store(delta[..., rows], (grad_i * out_i).sum(-1))
+    return delta
 
 
 def _scores(q: Tensor, k: Tensor, first_q: int, first_k: int) -> Tensor:
