@@ -48,7 +48,8 @@ class RollingKVCache(KVCache):
 
     Attention over few tokens breaks when it loses the first ones, on which it rests where nothing else fits (Xiao et
     al., 2023). A token takes the slot of the one that has just left the window. Once the model's positions are used up
-    they come round again, without those of the sinks; a model has to be trained for that.
+    they come round again, without those of the sinks; a model has to be trained for that. What has been overwritten is
+    gone: a call that fails on its way through the layers leaves a cache that has to be rewound to 0.
     """
 
     def __init__(
@@ -92,17 +93,21 @@ class RollingLayerCache(LayerCache):
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k and v (B, H_kv, T, D); return them behind what was kept, or for a single token what is kept now."""
         self._check(k)
-        k, v, end = k.detach(), v.detach(), self.length + k.shape[2]
-        kept = min(self.length, self.k.shape[2])
-        before = [torch.cat(pair, 2) for pair in ((self.k[:, :, :kept], k), (self.v[:, :, :kept], v)) if k.shape[2] > 1]
-        token = torch.arange(self.length, end, device=k.device)
-        stays = (token < self.sinks) | (token >= end - self.window)
-        slot = torch.where(token < self.sinks, token, self.sinks + (token - self.sinks) % self.window)[stays]
-        self.k[:, :, slot], self.v[:, :, slot] = k[:, :, stays], v[:, :, stays]
-        if before:
-            return before[0], before[1]
-        kept = min(end, self.k.shape[2])
-        return self.k[:, :, :kept], self.v[:, :, :kept]
+        k, v, T = k.detach(), v.detach(), k.shape[2]
+        if T == 1:  # all that it takes; the slot is a Python number, so that no device is waited for
+            slot = self._slot(self.length)
+            self.k[:, :, slot : slot + 1], self.v[:, :, slot : slot + 1] = k, v
+            kept = min(self.length + 1, self.k.shape[2])
+            return self.k[:, :, :kept], self.v[:, :, :kept]
+        kept, end = min(self.length, self.k.shape[2]), self.length + T
+        both = torch.cat([self.k[:, :, :kept], k], 2), torch.cat([self.v[:, :, :kept], v], 2)
+        stays = [n for n in range(self.length, end) if n < self.sinks or n >= end - self.window]
+        new, slots = ([n - self.length for n in stays], [self._slot(n) for n in stays])
+        self.k[:, :, slots], self.v[:, :, slots] = k[:, :, new], v[:, :, new]
+        return both
+
+    def _slot(self, token: int) -> int:
+        return token if token < self.sinks else self.sinks + (token - self.sinks) % self.window
 
     def mask(self, T: int) -> Tensor | None:
         """True (T, kept + T) where one of T queries may see a key: a sink, or one of the last `window` tokens."""
@@ -130,7 +135,7 @@ def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
 def dequantize(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The numbers that `quantize` has rounded."""
     codes = (packed[..., None] >> _shifts(bits, packed.device) & 2**bits - 1).flatten(-2)
-    return codes.to(dtype) * scale[0].to(dtype) + scale[1].to(dtype)
+    return (codes.float() * scale[0].float() + scale[1].float()).to(dtype)
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:

@@ -2,7 +2,8 @@
 
 import copy
 import re
-from itertools import pairwise
+from dataclasses import replace
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -145,12 +146,17 @@ def test_a_rolling_cache_is_attention_under_a_window(make_model, sizes, window, 
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 4))
-def test_past_the_last_position_any_split_still_gives_the_same(make_model, sizes, window, sinks):
+def test_past_the_last_position_the_others_come_round(make_model, sizes, window, sinks):
+    """As in a model with a position for each token of the text, whose table repeats the rows after the sinks' own."""
     model, idx = make_model(), prompt(1, sum(sizes))
-    caches = [RollingKVCache(model.config, 1, window, sinks) for _ in range(2)]
-    whole, steps = in_chunks(model, idx, caches[0], sizes), in_chunks(model, idx, caches[1], [1] * idx.shape[1])
-    torch.testing.assert_close(whole, steps, **CLOSE)
-    assert caches[0].nbytes == 2 * 2 * 32 * (window + sinks) * 4  # however long the text
+    around = cycle(range(sinks, 24))
+    rows = [n if n < sinks else next(around) for n in range(idx.shape[1])]
+    long = GPT(replace(model.config, block_size=idx.shape[1]), windowed(window, sinks)).eval()
+    state = model.state_dict()
+    long.load_state_dict(state | {"wpe.weight": state["wpe.weight"][rows]})
+    cache = RollingKVCache(model.config, 1, window, sinks)
+    torch.testing.assert_close(in_chunks(model, idx, cache, sizes), long(idx), **CLOSE)
+    assert cache.nbytes == 2 * 2 * 32 * (window + sinks) * 4  # however long the text
 
 
 def test_positions_come_round_without_those_of_the_sinks(make_model):
@@ -194,6 +200,14 @@ def test_a_number_is_off_by_half_a_step(bits, dim, size, seed):
     assert ((back - x).abs() <= step / 2 + 2 * rounding).all()
 
 
+def test_rounding_costs_no_more_in_a_short_format():
+    """Code, step and least value are put together in float32, and the result alone is rounded to bfloat16."""
+    x = 2 + torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    packed, scale = quantize(x, 8, -1)
+    exact, short = (dequantize(packed, scale, 8, dtype).float() for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(short, exact.bfloat16().float())
+
+
 def test_equal_numbers_and_the_ends_of_a_group_are_kept():
     assert torch.equal(dequantize(*quantize(torch.full((1, 8), 3.0), 4, -1), 4, torch.float32), torch.full((1, 8), 3.0))
     x = torch.tensor([[0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0]])
@@ -213,14 +227,13 @@ def test_eight_bits_change_little_however_the_text_is_split(make_model, sizes, g
 @given(st.integers(1, 23), st.integers(1, 24), st.integers(1, 9), st.sampled_from([2, 4, 8]))
 def test_what_the_cache_returns_is_rounded_group_by_group(make_model, before, T, group, bits):
     """Keys of whole groups and all values are those of `quantize`; keys of the last group are as they came."""
-    config, T = make_model().config, min(T, 24 - before)
-    cache = QuantizedKVCache(config, 1, bits=bits, group=group)
-    if T < 1:
-        return
-    k, v = torch.randn(2, 1, 4, before + T, 8, generator=torch.Generator().manual_seed(T))
-    cache.layer(0).append(k[:, :, :before], v[:, :, :before])
-    cache.advance(before)
-    keys, values = cache.layer(0).append(k[:, :, before:], v[:, :, before:])
+    T = min(T, 24 - before)
+    cache = QuantizedKVCache(make_model().config, 1, bits=bits, group=group)
+    other, k, v = torch.randn(3, 1, 4, before + T, 8, generator=torch.Generator().manual_seed(T))
+    for part in (slice(0, before), slice(before, before + T)):
+        cache.layer(0).append(other[:, :, part], other[:, :, part])  # must not show in the second layer
+        keys, values = cache.layer(1).append(k[:, :, part], v[:, :, part])
+        cache.advance(part.stop - part.start)
     torch.testing.assert_close(values, dequantize(*quantize(v, bits, -1), bits, torch.float32))
     for first in range(0, before + T, group):
         part = k[:, :, first : first + group]
