@@ -19,7 +19,7 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 import gptlite.kv_cache, gptlite.generate, gptlite.model, gptlite.corpus, gptlite.device, gptlite.muon
-import gptlite.compilation
+import gptlite.compilation, gptlite.flash_attention, gptlite.smaller_caches
 from gptlite.generate import generate
 import torch
 
@@ -50,7 +50,7 @@ def state():
 before, printed = state(), io.StringIO()
 with contextlib.redirect_stdout(printed):
     import gptlite.model, gptlite.kv_cache, gptlite.generate, gptlite.corpus, gptlite.train, gptlite.checkpoints
-    import gptlite.compilation
+    import gptlite.compilation, gptlite.flash_attention, gptlite.smaller_caches
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 heavy = [m for m in ("transformers", "matplotlib", "IPython", "onnx", "torchao", "torch._dynamo") if m in sys.modules]

@@ -1,0 +1,53 @@
+"""The script that records how shared heads are trained on keeps what it has, and starts over for another command."""
+
+import json
+import sys
+
+import pytest
+import torch
+import uptrain_kv_heads as uptrain
+
+from gptlite.checkpoints import Checkpoint
+from gptlite.corpus import CharTokenizer, Corpus
+
+TEXT = "".join(f"{a} and {b} make {a + b};\n" for a in range(12) for b in range(12))
+
+
+@pytest.fixture
+def tiny(make_model, monkeypatch, tmp_path):
+    """A function that runs the script on a tiny model and returns its record."""
+    tokenizer = CharTokenizer(TEXT)
+    tokens = tokenizer.encode(TEXT).to(torch.int16)
+    monkeypatch.setattr(uptrain, "load_corpus", lambda name: Corpus(name, tokens[:2000], tokens[2000:], tokenizer))
+    model = make_model(vocab_size=len(tokenizer), block_size=16)
+    monkeypatch.setattr(uptrain, "load_pretrained", lambda name: Checkpoint(model, tokenizer, {}))
+    monkeypatch.setattr(uptrain.shutil, "which", lambda name: None)  # nothing is compiled
+    monkeypatch.setattr(uptrain, "EVERY", 2)
+
+    def run(steps: int) -> dict:
+        out = tmp_path / "record.json"
+        monkeypatch.setattr(sys, "argv", ["uptrain_kv_heads.py", "--steps", str(steps), "--out", str(out)])
+        uptrain.main()
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_every_number_of_heads_is_recorded(tiny, capsys):
+    record = tiny(5)
+    assert list(record["runs"]) == ["4", "2", "1"]
+    assert record["command"] == "python scripts/uptrain_kv_heads.py --steps 5"
+    for run in record["runs"].values():
+        assert [step for step, _ in run["curve"]] == [0, 2, 4, 5]
+        assert run["curve"][-1][1] < run["curve"][0][1]  # it learns
+    starts = [run["curve"][0][1] for run in record["runs"].values()]
+    assert len(set(starts)) == 3  # each begins from weights of its own
+    assert "4 heads: " in capsys.readouterr().out
+
+
+def test_what_is_recorded_is_not_trained_again(tiny, monkeypatch):
+    first = tiny(3)
+    monkeypatch.setattr(uptrain, "uptrained", lambda *args: pytest.fail("it was trained again"))
+    assert tiny(3)["runs"] == first["runs"]
+    monkeypatch.setattr(uptrain, "uptrained", lambda *args: {"val_loss": 1.0})
+    assert tiny(4)["runs"] == {heads: {"val_loss": 1.0} for heads in ("4", "2", "1")}
