@@ -36,6 +36,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     Takes and returns what every attention does: q (B, H, Tq, D), k and v (B, H_kv, Tk, D).
     """
     (B, H, Tq, D), (H_kv, Tk) = q.shape, k.shape[1:3]
+    if H % H_kv:
+        raise ValueError(f"q has {H} heads, which the {H_kv} heads of k do not divide.")
     if mask is None and Tq > 1:
         mask = causal_mask(Tq, Tk, q.device)
     rows = q.reshape(B, H_kv, H // H_kv * Tq, D)  # (B, H_kv, group * Tq, D)

@@ -231,7 +231,7 @@ def results_of_machine(recorded: Any) -> list[str]:
         f"{quantity(machine.overhead, 's')} to start an operator.",
         "",
         "| | median | quartiles | measured | with torch |",
-        "|:--|--:|--:|:--|:--|",
+        "|:--|--:|--:|--:|--:|",
     ]
     for m in recorded.measurements.values():
         context = ", ".join(f"{key} {value}" for key, value in m.context.items() if str(value) not in m.metric)

@@ -101,6 +101,12 @@ def test_grouped_attention_is_attention(B, H_kv, group, Tq, past, masked):
     torch.testing.assert_close(found, naive_attention(q, k, v, mask), **CLOSE)
 
 
+def test_heads_that_no_group_fits_are_refused():
+    q, (k, v) = torch.randn(1, 4, 2, 8), torch.randn(2, 1, 3, 2, 8)
+    with pytest.raises(ValueError, match="q has 4 heads, which the 3 heads of k do not divide"):
+        grouped_attention(q, k, v)
+
+
 def test_grouped_attention_makes_no_copy_of_the_keys():
     """No tensor that it makes is as large as the keys, where naive attention makes them H / H_kv times as large."""
 
