@@ -114,9 +114,17 @@ class Run:
     """A training run: all that its next step depends on. It can be saved after any step, and go on from there."""
 
     def __init__(
-        self, model: GPT, corpus: Corpus, config: TrainConfig, loss_fn: LossFn, dtype: torch.dtype, compile: bool
+        self,
+        model: GPT,
+        corpus: Corpus,
+        config: TrainConfig,
+        loss_fn: LossFn,
+        dtype: torch.dtype,
+        compile: bool,
+        recipe: dict[str, Any],
     ):
         self.model, self.corpus, self.config, self.loss_fn, self.dtype = model, corpus, config, loss_fn, dtype
+        self.recipe = recipe
         self.device = next(model.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % self.world:
@@ -163,7 +171,7 @@ class Run:
             for p, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{p}.{key}": t for key, t in state.items()}
         info = {"log": self.log, "train": asdict(self.config), "config": asdict(self.model.config)}
-        info |= {"corpus": self.corpus.fingerprint, "scaler": self.scaler.state_dict()}
+        info |= {"corpus": self.corpus.fingerprint, "scaler": self.scaler.state_dict(), "recipe": self.recipe}
         checkpoints.write_tensors(path, tensors, info)
 
     def restore(self, path: Path) -> None:
@@ -176,8 +184,10 @@ class Run:
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         if not weights or not info.keys() >= {"log", "train", "config"}:
             raise ValueError(f"{path} is not the state of a training run; delete it to start anew.")
-        mine = asdict(self.config) | asdict(self.model.config) | {"corpus": self.corpus.fingerprint}
-        theirs = {"corpus": mine["corpus"], **info, **info["train"], **info["config"], "steps": self.config.steps}
+        mine = asdict(self.config) | asdict(self.model.config)
+        mine |= {"corpus": self.corpus.fingerprint, "recipe": self.recipe}
+        theirs = {"corpus": mine["corpus"], "recipe": {}, **info, **info["train"], **info["config"]}
+        theirs["steps"] = self.config.steps
         changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v]
         if changed:
             raise ValueError(f"{path} holds another run ({', '.join(changed)}); delete it to start anew.")
@@ -210,18 +220,19 @@ def train(
     eval_every: int = 250,
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
+    recipe: dict[str, Any] | None = None,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place; return a log of "train_loss" per step, "val_loss" as [[step, nats]...] and "seconds".
 
     With `state_path` the run is saved there every `save_every` steps and at its end, and goes on from there, exactly,
     if the file exists. Under `torchrun` each process takes its share of every batch. `stop_after` ends early at that
-    step, as a kill would.
+    step, as a kill would. `recipe` names what else makes the run, such as its loss: a state of another is refused.
     """
     T = model.config.block_size
     if eval_every:
         next(windows(corpus.val, T, 1))  # a text that is too short is refused now, not when it is needed
-    run = Run(model, corpus, config, loss_fn, dtype, compile)
+    run = Run(model, corpus, config, loss_fn, dtype, compile, recipe or {})
     if state_path and state_path.exists():
         run.restore(state_path)
     log, chief = run.log, run.rank == 0
@@ -278,7 +289,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     state = args.state or out.with_name(out.stem + ".state")
     print(f"{model.n_params():,} parameters on {device} in {dtype}; the run is kept in {state}", file=sys.stderr)
     options = {"dtype": dtype, "compile": args.compile, "eval_every": args.eval_every, "save_every": args.save_every}
-    log = train(model, corpus, config, loss_fn=loss_fn, state_path=state, **options)
+    log = train(model, corpus, config, loss_fn=loss_fn, state_path=state, recipe=begun, **options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         val_loss = evaluate(model, corpus.val, model.config.block_size)
         info = {
@@ -307,7 +318,11 @@ def _begin(model: GPT, path: Path) -> dict[str, Any]:
     tensors, info = checkpoints.read_tensors(path)
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if not n.startswith("optimizer.")}
     checkpoints.load_weights(model, weights, path)
-    return {"start": {"name": path.stem, "train": info.get("train"), "steps": len(info["log"]["train_loss"])}}
+    if not info.keys() >= {"log", "train"}:
+        raise ValueError(
+            f"{path} does not say how it was trained; start from what python -m gptlite.train has written."
+        )
+    return {"start": {"name": path.stem, "train": info["train"], "steps": len(info["log"]["train_loss"])}}
 
 
 def _command(args: argparse.Namespace, steps: int, prolonged: list[list[int]]) -> str:

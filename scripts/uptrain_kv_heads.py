@@ -56,7 +56,7 @@ def main() -> None:
     dtype, teacher = fast_dtype(device), load_pretrained("teacher").model
     command = f"python scripts/uptrain_kv_heads.py --steps {args.steps}"
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if record.get("command") != command:
+    if (record.get("command"), record.get("train")) != (command, asdict(config)):
         record = {"command": command, "train": asdict(config), "runs": {}}
     record["machine"] = {"device": processor_name(device), "torch": torch.__version__, "dtype": str(dtype)[6:]}
     record["date"] = time.strftime("%Y-%m-%d")

@@ -530,6 +530,11 @@ def test_a_run_can_begin_with_the_weights_of_another(text_file, tmp_path, capsys
         assert record["confidence_penalty"] == 0.1
         assert "--start=first" in record["command"] and "--confidence-penalty=0.1" in record["command"]
         assert record["val_loss"] == pytest.approx(trained.info["val_loss"], abs=2e-3)  # with such a learning rate
+        for other in (more[:2], [*more[:3], "0.2", *more[4:]], more[2:]):  # that state is of this start and this loss
+            state = ["--state", str(tmp_path / f"from{start.suffix}.state")]
+            again = ["--lr", "1e-6", "--adamw-lr", "1e-6", *other, *state]
+            with pytest.raises(ValueError, match=r"holds another run \(.*recipe "):
+                main(command(text_file, out, *again))
     other = command(text_file, out, "--start", str(ROOT / "assets" / "checkpoints" / "teacher.safetensors"))
     with pytest.raises(ValueError, match="is of another architecture"):
         main([*other, "--state", str(tmp_path / "other.state")])
