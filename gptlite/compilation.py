@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptlite.corpus import cache_folder
-from gptlite.device import processor_name
+from gptlite.device import fast_dtype, processor_name
 from gptlite.model import sdpa_attention
 
 
@@ -41,54 +41,70 @@ class ReductionLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+KERNELS = ("gemv.cpp", "single_query_attention.cpp", "lanes.h")  # beside this file
+
+
 @cache
-def load_gemv() -> None:
-    """Build `gemv.cpp`, once for each processor and torch, and register it as `torch.ops.gptlite.gemv`."""
-    source = Path(__file__).with_name("gemv.cpp")
-    made_of = f"{torch.__version__} {processor_name(torch.device('cpu'))} {source.read_text(encoding='utf-8')}"
-    library = cache_folder() / f"gemv-{sha256(made_of.encode()).hexdigest()[:12]}.so"
+def load_kernels() -> None:
+    """Build the C++ kernels, once for each processor and torch, and register them as `torch.ops.gptlite`."""
+    folder = Path(__file__).parent
+    made_of = [torch.__version__, processor_name(torch.device("cpu"))]
+    made_of += [(folder / name).read_text(encoding="utf-8") for name in KERNELS]
+    library = cache_folder() / f"kernels-{sha256(' '.join(made_of).encode()).hexdigest()[:12]}.so"
     if library.exists():
         torch.ops.load_library(str(library))
     else:  # it appears there whole or not at all, whoever else builds it
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            _build_and_load(source, folder).replace(library)
+        with tempfile.TemporaryDirectory(dir=library.parent) as built:
+            _build_and_load([folder / name for name in KERNELS if name.endswith(".cpp")], built).replace(library)
 
     @torch.library.register_fake("gptlite::gemv")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 
+    @torch.library.register_fake("gptlite::single_query_attention")
+    def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return q.new_empty(q.shape)
 
-def _build_and_load(source: Path, folder: str) -> Path:
-    """The shared library of a C++ file, built in `folder` for this processor; an OSError says what is missing."""
+
+def _build_and_load(sources: list[Path], folder: str) -> Path:
+    """The shared library of C++ files, built in `folder` for this processor; an OSError says what is missing."""
     from torch.utils import cpp_extension
 
     os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # where pip puts ninja
     if not (shutil.which(cpp_extension.get_cxx_compiler().split()[0]) and shutil.which("ninja")):
-        raise OSError("GemvLinear is built where it runs: install a C++ compiler and ninja (pip install ninja).")
+        raise OSError("the kernels are built where they run: install a C++ compiler and ninja (pip install ninja).")
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler lacks it: one thread then
     flags = {"extra_cflags": ["-O3", "-march=native", *openmp], "extra_ldflags": openmp}
-    name = f"gptlite_{source.stem}"
-    return Path(cpp_extension.load(name, [str(source)], build_directory=folder, is_python_module=False, **flags))
+    files = [str(source) for source in sources]
+    return Path(cpp_extension.load("gptlite_kernels", files, build_directory=folder, is_python_module=False, **flags))
+
+
+def _refuse_gradients(who: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"{who} has no backward pass; call it under torch.no_grad().")
 
 
 class GemvLinear(nn.Module):
     """A Linear on the CPU that reads its weights once, at memory's speed, for up to `few` rows; more take `F.linear`.
 
-    Weights are float32 or bfloat16; for float16 PyTorch has such a kernel itself. It has no backward pass.
+    Weights are float32 or bfloat16; for float16 PyTorch has such a kernel itself. It has no backward pass. Many rows
+    are multiplied in float32 where the processor would emulate bfloat16.
     """
 
     few = 4  # with many rows a matrix product does better: it uses a weight for several while a register holds it
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        load_gemv()
+        load_kernels()
         self.weight, self.bias = linear.weight, linear.bias
+        emulated = self.weight.dtype == torch.bfloat16 and fast_dtype(self.weight.device) == torch.float32
+        self.many = torch.float32 if emulated else self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() > self.few * x.shape[-1] or x.dtype == torch.float16:
-            return F.linear(x, self.weight, self.bias)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            raise RuntimeError("GemvLinear has no backward pass; call it under torch.no_grad().")
+            bias = None if self.bias is None else self.bias.to(self.many)
+            return F.linear(x.to(self.many), self.weight.to(self.many), bias).to(x.dtype)
+        _refuse_gradients("GemvLinear", x, self.weight)
         return torch.ops.gptlite.gemv(x, self.weight, self.bias)
 
 
@@ -103,3 +119,17 @@ def reduction_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
         scores = scores.masked_fill(~mask, -math.inf)  # the mask is (1, Tk)
     weights = scores.softmax(-1)
     return (weights[..., None] * v[:, :, None]).sum(-2).view(B, H, 1, D)
+
+
+def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of one query by one kernel on the CPU, which reads visible keys alone; more queries take SDPA.
+
+    Numbers are float32 or bfloat16, added up in float32; float16 takes SDPA. It has no backward pass. Compiled code
+    needs `load_kernels()` before it, which making a GemvLinear calls.
+    """
+    if q.shape[2] > 1 or q.dtype == torch.float16:
+        return sdpa_attention(q, k, v, mask)
+    if not torch.compiler.is_compiling():
+        load_kernels()
+    _refuse_gradients("single_query_attention", q, k, v)
+    return torch.ops.gptlite.single_query_attention(q, k, v, mask)

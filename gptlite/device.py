@@ -2,6 +2,7 @@
 
 import platform
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@cache
 def fast_dtype(device: torch.device) -> torch.dtype:
     """The format in which this device multiplies matrices fastest: bfloat16, float16 or float32.
 

@@ -8,20 +8,7 @@
 #include <optional>
 #include <vector>
 
-constexpr int64_t LANES = 64;  // independent partial sums: one alone would wait for each addition to end
-
-template <typename T>
-float dot(const T* w, const float* x, int64_t n) {
-  float sums[LANES] = {0}, sum = 0;
-  int64_t k = 0;
-  for (; k + LANES <= n; k += LANES)
-    for (int64_t j = 0; j < LANES; j++) sums[j] += static_cast<float>(w[k + j]) * x[k + j];
-  for (; k < n; k++) sum += static_cast<float>(w[k]) * x[k];
-#pragma GCC unroll 6
-  for (int64_t half = LANES / 2; half > 0; half /= 2)  // in pairs: one after the other would again be a wait for each
-    for (int64_t j = 0; j < half; j++) sums[j] += sums[j + half];
-  return sums[0] + sum;
-}
+#include "lanes.h"
 
 // x (..., K), weight (N, K), bias (N,) or none -> (..., N), accumulated in float32
 at::Tensor gemv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {

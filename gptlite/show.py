@@ -143,7 +143,8 @@ def _html_table(lines: list[list[str]], align: str) -> str:
 def _listing(obj: Any) -> str:
     """The source of one object, as it stands in its file, in a fence that it cannot end."""
     if isinstance(obj, Path):
-        return _fenced(obj.read_text(encoding="utf-8"), obj.suffix.lstrip("."))
+        language = {".h": "cpp"}.get(obj.suffix, obj.suffix.lstrip("."))
+        return _fenced(obj.read_text(encoding="utf-8"), language)
     code = obj.fget if isinstance(obj, property) else obj.func if isinstance(obj, cached_property) else obj
     try:
         return _fenced(textwrap.dedent(inspect.getsource(code)), "python")

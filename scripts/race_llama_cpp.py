@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from gptlite.bench import measure_alternately, ratio
-from gptlite.compilation import GemvLinear, reduction_attention
+from gptlite.compilation import GemvLinear, single_query_attention
 from gptlite.generate import decode_one_token, prefill
 from gptlite.kv_cache import StaticKVCache
 from gptlite.model import GPT, GPT2_SMALL
@@ -96,10 +96,12 @@ class Ours(Compiled):
     """As the chapter on compilation does it: a swapped Linear and a swapped attention."""
 
     def __init__(self, model: GPT, prompt: list[int], further: list[int]):
-        super().__init__(model.swap_linears(GemvLinear).set_attention(reduction_attention), prompt, further)
-        # nothing that a guard looks at can change here, and looking takes longer than attention does
-        skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # from torch 2.10 on
-        self.step = torch.compile(fresh(decode_one_token), **STATIC, options={"guard_filter_fn": skip} if skip else {})
+        super().__init__(model.swap_linears(GemvLinear).set_attention(single_query_attention), prompt, further)
+        # nothing that guards and checks of sizes look at can change here; and C++ calls the kernels sooner than Python
+        options, skip = {"size_asserts": False, "cpp_wrapper": True}, "skip_all_guards_unsafe"
+        if hasattr(torch.compiler, skip):  # from torch 2.10 on
+            options["guard_filter_fn"] = getattr(torch.compiler, skip)
+        self.step = torch.compile(fresh(decode_one_token), **STATIC, options=options)
         with torch._inductor.config.patch(freezing=True):  # the prompt's products on weights packed for them
             self.prefill()
         self.decode()

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlite import compilation
-from gptlite.compilation import GemvLinear, ReductionLinear, load_gemv, reduction_attention
+from gptlite.compilation import GemvLinear, ReductionLinear, load_kernels, reduction_attention, single_query_attention
 from gptlite.generate import decode_one_token, prefill
 from gptlite.kv_cache import KVCache, StaticKVCache
-from gptlite.model import naive_attention
+from gptlite.model import naive_attention, sdpa_attention
 
 KINDS = [ReductionLinear, GemvLinear]
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
@@ -79,7 +79,7 @@ def test_a_gradient_through_the_kernel_is_refused():
 
 
 def test_gemv_reads_strided_tensors_rightly():
-    load_gemv()
+    load_kernels()
     x, weight, bias = random(2, 100)[:, ::2], random(50, 30).T, random(60)[::2]
     torch.testing.assert_close(torch.ops.gptlite.gemv(x, weight, bias), F.linear(x, weight, bias), **CLOSE)
 
@@ -101,13 +101,13 @@ def test_float16_takes_the_kernel_that_pytorch_has():
     ],
 )
 def test_gemv_refuses_shapes_that_do_not_fit(x, weight, bias, error, message):
-    load_gemv()
+    load_kernels()
     with pytest.raises(error, match=re.escape(message)):
         torch.ops.gptlite.gemv(torch.ones(x), torch.ones(weight), None if bias is None else torch.ones(bias))
 
 
 def test_gemv_refuses_two_formats():
-    load_gemv()
+    load_kernels()
     with pytest.raises(TypeError, match="the rows are BFloat16, but the weight is Float; all must be alike"):
         torch.ops.gptlite.gemv(torch.ones(1, 4).bfloat16(), torch.ones(2, 4), None)
     with pytest.raises(TypeError, match="all must be alike"):
@@ -119,7 +119,7 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("GPTLITE_CACHE", str(tmp_path))
     monkeypatch.setattr(compilation.sysconfig, "get_path", lambda name: "")
     with pytest.raises(OSError, match="install a C\\+\\+ compiler and ninja"):
-        load_gemv.__wrapped__()
+        load_kernels.__wrapped__()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,6 +132,90 @@ def test_attention_as_reductions_is_attention(B, H_kv, Tq, Tk, data):
     for row in seen:  # each query sees something
         row[data.draw(st.lists(st.integers(0, Tk - 1), min_size=1))] = True
     torch.testing.assert_close(reduction_attention(q, k, v, seen), naive_attention(q, k, v, seen), **CLOSE)
+
+
+@given(
+    st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 40), st.integers(1, 150),
+    st.sampled_from(["float32", "bfloat16"]), st.booleans(), st.data(),
+)  # fmt: skip
+@torch.no_grad()
+def test_attention_of_one_query_is_attention(B, H_kv, Tk, D, dtype, masked, data):
+    """Against attention in float64: within the rounding of the result, and of sums in float32."""
+    dtype = getattr(torch, dtype)
+    q, k, v = random(B, 4, 1, D), random(B, H_kv, Tk, D, seed=1), random(B, H_kv, Tk, D, seed=2)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    seen = None
+    if masked:
+        seen = torch.zeros(1, Tk, dtype=torch.bool)
+        seen[0, data.draw(st.lists(st.integers(0, Tk - 1), min_size=1))] = True
+    y = single_query_attention(q, k, v, seen)
+    exact = naive_attention(q.double(), k.double(), v.double(), seen)
+    assert y.shape == q.shape and y.dtype == dtype
+    eps = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
+    assert bool(((y.double() - exact).abs() <= eps * exact.abs() + 1e-5).all())
+
+
+@torch.no_grad()
+def test_attention_of_one_query_reads_nothing_that_is_hidden():
+    q, k, v = random(1, 2, 1, 8), random(1, 2, 6, 8, seed=1), random(1, 2, 6, 8, seed=2)
+    seen = torch.tensor([[True, False, True, True, False, False]])
+    k[:, :, 1], v[:, :, 4:] = torch.nan, torch.inf
+    wanted = naive_attention(q, k[:, :, seen[0]], v[:, :, seen[0]])
+    torch.testing.assert_close(single_query_attention(q, k, v, seen), wanted, **CLOSE)
+
+
+@torch.no_grad()
+def test_attention_of_one_query_takes_views_as_the_model_and_a_cache_make_them():
+    qkv, cache = random(2, 1, 3 * 4 * 8).view(2, 1, 12, 8).transpose(1, 2), random(2, 2, 4, 20, 8, seed=1)
+    q, (keys, values) = qkv[:, :4], cache.unbind(0)
+    views = [(keys[:, :, :7], values[:, :, :7]), (keys[:, ::2], values[:, ::2]), (keys.mT.contiguous().mT, values)]
+    for k, v in views:
+        torch.testing.assert_close(single_query_attention(q, k, v), naive_attention(q, k, v), **CLOSE)
+
+
+@torch.no_grad()
+def test_more_queries_and_float16_take_the_attention_that_pytorch_has():
+    q, k, v = random(1, 2, 3, 8), random(1, 2, 5, 8, seed=1), random(1, 2, 5, 8, seed=2)
+    assert torch.equal(single_query_attention(q, k, v), sdpa_attention(q, k, v))
+    q, k, v = q[:, :, :1].half(), k.half(), v.half()
+    assert torch.equal(single_query_attention(q, k, v), sdpa_attention(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "mask", "error", "message"),
+    [
+        ((4, 1, 8), (1, 4, 5, 8), (1, 4, 5, 8), None, ValueError, "are [4, 1, 8], but must be (B, H, 1, D)."),
+        ((1, 4, 1, 8), (1, 4, 5, 8), (1, 4, 6, 8), None, ValueError, "must both be (1, H_kv, T, 8) for these queries."),
+        ((1, 4, 1, 8), (2, 4, 5, 8), (2, 4, 5, 8), None, ValueError, "must both be (1, H_kv, T, 8) for these queries."),
+        ((1, 4, 1, 8), (1, 3, 5, 8), (1, 3, 5, 8), None, ValueError, "the 3 heads of keys do not divide the 4 of"),
+        ((1, 4, 1, 8), (1, 0, 5, 8), (1, 0, 5, 8), None, ValueError, "the 0 heads of keys do not divide the 4 of"),
+        ((1, 4, 1, 8), (1, 4, 5, 8), (1, 4, 5, 8), (1, 4), ValueError, "the mask must be 5 booleans."),
+    ],
+)  # fmt: skip
+def test_attention_of_one_query_refuses_shapes_that_do_not_fit(q, k, v, mask, error, message):
+    load_kernels()
+    q, k, v = (torch.ones(shape) for shape in (q, k, v))
+    with pytest.raises(error, match=re.escape(message)):
+        torch.ops.gptlite.single_query_attention(q, k, v, None if mask is None else torch.ones(mask) > 0)
+
+
+def test_attention_of_one_query_refuses_two_formats_and_gradients():
+    q, k, v = random(1, 2, 1, 8), random(1, 2, 5, 8, seed=1), random(1, 2, 5, 8, seed=2)
+    with pytest.raises(TypeError, match="queries are Float, keys BFloat16, values Float; all must be alike"):
+        single_query_attention(q, k.bfloat16(), v)
+    with pytest.raises(ValueError, match="the mask must be 5 booleans"):
+        single_query_attention(q, k, v, torch.ones(1, 5))
+    with pytest.raises(RuntimeError, match="single_query_attention has no backward pass"):
+        single_query_attention(q.requires_grad_(), k, v)
+
+
+@torch.no_grad()
+def test_many_rows_are_multiplied_in_float32_where_bfloat16_is_emulated(monkeypatch):
+    linear, x = nn.Linear(64, 48).bfloat16(), random(8, 64, dtype=torch.bfloat16)
+    for fast, exact in ((torch.bfloat16, False), (torch.float32, True)):
+        monkeypatch.setattr(compilation, "fast_dtype", lambda device, fast=fast: fast)
+        wide = F.linear(x.float(), linear.weight.float(), linear.bias.float()).bfloat16()
+        assert torch.equal(GemvLinear(linear)(x), wide if exact else linear(x))
 
 
 def read_on(step, model, cache, tokens=10):
@@ -211,12 +295,20 @@ def test_a_step_with_a_growing_cache_is_compiled_for_each_token(make_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "attention", "options"),
+    [
+        (ReductionLinear, reduction_attention, {}),
+        (GemvLinear, single_query_attention, {"size_asserts": False}),
+        (GemvLinear, single_query_attention, {"cpp_wrapper": True}),
+    ],
+)
 @torch.no_grad()
-def test_compiled_greedy_text_is_that_of_the_eager_model(make_model, kind):
+def test_compiled_greedy_text_is_that_of_the_eager_model(make_model, kind, attention, options):
     model = make_model(n_kv_head=2)
     expected = read_on(decode_one_token, model, KVCache(model.config), 15)
-    swapped = copy.deepcopy(model).swap_linears(kind).set_attention(reduction_attention)
-    tokens, logits = read_on(compiled("inductor", dynamic=False), swapped, StaticKVCache(model.config), 15)
+    swapped = copy.deepcopy(model).swap_linears(kind).set_attention(attention)
+    step = compiled("inductor", dynamic=False, options=options)
+    tokens, logits = read_on(step, swapped, StaticKVCache(model.config), 15)
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logits, expected[1], atol=1e-4, rtol=1e-4)

@@ -11,6 +11,14 @@ from gptlite.device import fast_dtype, pick_device, processor_name, synchronize
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """The answer is kept; here each test asks another machine."""
+    fast_dtype.cache_clear()
+    yield
+    fast_dtype.cache_clear()
+
+
 @pytest.mark.parametrize("available", [True, False])
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch, available):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
