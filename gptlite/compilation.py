@@ -4,23 +4,16 @@ At batch 1 a matrix product is a reduction: each weight is used once, so its spe
 """
 
 import math
-import os
-import shutil
-import sys
-import sysconfig
-import tempfile
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlite.corpus import cache_folder
-from gptlite.device import fast_dtype, processor_name
-from gptlite.model import sdpa_attention
+from gptlite.cpp import load_cpp
+from gptlite.device import fast_dtype
+from gptlite.model import GPT, sdpa_attention
 
 
 class ReductionLinear(nn.Module):
@@ -41,21 +34,10 @@ class ReductionLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-KERNELS = ("gemv.cpp", "single_query_attention.cpp", "lanes.h")  # beside this file
-
-
 @cache
 def load_kernels() -> None:
-    """Build the C++ kernels, once for each processor and torch, and register them as `torch.ops.gptlite`."""
-    folder = Path(__file__).parent
-    made_of = [torch.__version__, processor_name(torch.device("cpu"))]
-    made_of += [(folder / name).read_text(encoding="utf-8") for name in KERNELS]
-    library = cache_folder() / f"kernels-{sha256(' '.join(made_of).encode()).hexdigest()[:12]}.so"
-    if library.exists():
-        torch.ops.load_library(str(library))
-    else:  # it appears there whole or not at all, whoever else builds it
-        with tempfile.TemporaryDirectory(dir=library.parent) as built:
-            _build_and_load([folder / name for name in KERNELS if name.endswith(".cpp")], built).replace(library)
+    """Register the C++ kernels as `torch.ops.gptlite`, each with a twin that knows only shapes, for the compiler."""
+    load_cpp("gemv.cpp", "single_query_attention.cpp")
 
     @torch.library.register_fake("gptlite::gemv")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,19 +46,6 @@ def load_kernels() -> None:
     @torch.library.register_fake("gptlite::single_query_attention")
     def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return q.new_empty(q.shape)
-
-
-def _build_and_load(sources: list[Path], folder: str) -> Path:
-    """The shared library of C++ files, built in `folder` for this processor; an OSError says what is missing."""
-    from torch.utils import cpp_extension
-
-    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # where pip puts ninja
-    if not (shutil.which(cpp_extension.get_cxx_compiler().split()[0]) and shutil.which("ninja")):
-        raise OSError("the kernels are built where they run: install a C++ compiler and ninja (pip install ninja).")
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler lacks it: one thread then
-    flags = {"extra_cflags": ["-O3", "-march=native", *openmp], "extra_ldflags": openmp}
-    files = [str(source) for source in sources]
-    return Path(cpp_extension.load("gptlite_kernels", files, build_directory=folder, is_python_module=False, **flags))
 
 
 def _refuse_gradients(who: str, *tensors: Tensor) -> None:
@@ -106,6 +75,22 @@ class GemvLinear(nn.Module):
             return F.linear(x.to(self.many), self.weight.to(self.many), bias).to(x.dtype)
         _refuse_gradients("GemvLinear", x, self.weight)
         return torch.ops.gptlite.gemv(x, self.weight, self.bias)
+
+
+def pack_weights(model: GPT) -> GPT:
+    """The same model, its weights laid one after another into one piece of memory, in the order in which it has them.
+
+    Large pages (on Linux, with THP_MEM_ALLOC_ENABLE=1) cover one large piece but for its end, and many small ones in
+    part or not at all; and what is asked for beyond the end of one matrix is mostly the beginning of the next.
+    """
+    parameters = list(model.parameters())
+    starts, line = [0], 64 // parameters[0].itemsize  # each begins with a line of the cache
+    for p in parameters:
+        starts.append(starts[-1] + math.ceil(p.numel() / line) * line)
+    memory = parameters[0].new_empty(starts[-1])
+    for p, start in zip(parameters, starts, strict=False):
+        p.data = memory[start : start + p.numel()].view(p.shape).copy_(p.data)
+    return model
 
 
 def reduction_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from gptlite.bench import measure_alternately, ratio
-from gptlite.compilation import GemvLinear, single_query_attention
+from gptlite.compilation import GemvLinear, pack_weights, single_query_attention
 from gptlite.generate import decode_one_token, prefill
 from gptlite.kv_cache import StaticKVCache
 from gptlite.model import GPT, GPT2_SMALL
@@ -93,10 +93,11 @@ class Compiled:
 
 
 class Ours(Compiled):
-    """As the chapter on compilation does it: a swapped Linear and a swapped attention."""
+    """As the chapter on compilation does it: a swapped Linear, a swapped attention, and weights in one piece."""
 
     def __init__(self, model: GPT, prompt: list[int], further: list[int]):
-        super().__init__(model.swap_linears(GemvLinear).set_attention(single_query_attention), prompt, further)
+        model = pack_weights(model).swap_linears(GemvLinear).set_attention(single_query_attention)
+        super().__init__(model, prompt, further)
         # nothing that guards and checks of sizes look at can change here; and C++ calls the kernels sooner than Python
         options, skip = {"size_asserts": False, "cpp_wrapper": True}, "skip_all_guards_unsafe"
         if hasattr(torch.compiler, skip):  # from torch 2.10 on
