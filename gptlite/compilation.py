@@ -48,8 +48,8 @@ def load_kernels() -> None:
         return q.new_empty(q.shape)
 
 
-def _refuse_gradients(who: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+def _refuse_gradients(who: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"{who} has no backward pass; call it under torch.no_grad().")
 
 
@@ -66,14 +66,14 @@ class GemvLinear(nn.Module):
         super().__init__()
         load_kernels()
         self.weight, self.bias = linear.weight, linear.bias
-        emulated = self.weight.dtype == torch.bfloat16 and fast_dtype(self.weight.device) == torch.float32
-        self.many = torch.float32 if emulated else self.weight.dtype
+        self.emulated = fast_dtype(self.weight.device) == torch.float32  # bfloat16, by this processor
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() > self.few * x.shape[-1] or x.dtype == torch.float16:
-            bias = None if self.bias is None else self.bias.to(self.many)
-            return F.linear(x.to(self.many), self.weight.to(self.many), bias).to(x.dtype)
-        _refuse_gradients("GemvLinear", x, self.weight)
+            if self.emulated and x.dtype == self.weight.dtype == torch.bfloat16:
+                return F.linear(*(None if t is None else t.float() for t in (x, self.weight, self.bias))).to(x.dtype)
+            return F.linear(x, self.weight, self.bias)
+        _refuse_gradients("GemvLinear", x, self.weight, self.bias)
         return torch.ops.gptlite.gemv(x, self.weight, self.bias)
 
 

@@ -22,14 +22,21 @@ def load_cpp(*names: str) -> None:
     An OSError says what is missing to build them.
     """
     sources, headers = [FOLDER / name for name in names], sorted(FOLDER.glob("*.h"))
-    made_of = [torch.__version__, processor_name(torch.device("cpu"))]
-    made_of += [path.read_text(encoding="utf-8") for path in sources + headers]
+    made_of = [torch.__version__, processor_name(torch.device("cpu")), _instructions()]
+    made_of += [path.read_text(encoding="utf-8") for path in [*sources, *headers, Path(__file__)]]
     library = cache_folder() / f"{sources[0].stem}-{sha256(' '.join(made_of).encode()).hexdigest()[:12]}.so"
     if library.exists():
         torch.ops.load_library(str(library))
     else:  # it appears there whole or not at all, whoever else builds it
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             _build_and_load(sources, folder).replace(library)
+
+
+def _instructions() -> str:
+    """What the processor can do, where the system says so: a virtual one's name often does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _build_and_load(sources: list[Path], folder: str) -> Path:

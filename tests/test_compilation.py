@@ -101,6 +101,10 @@ def test_a_gradient_through_the_kernel_is_refused():
     linear = nn.Linear(8, 4)
     with pytest.raises(RuntimeError, match=r"GemvLinear has no backward pass; call it under torch\.no_grad\(\)\."):
         GemvLinear(linear)(random(1, 8))
+    linear.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no backward pass"):  # for the bias alone
+        GemvLinear(linear)(random(1, 8))
+    linear.weight.requires_grad_()
     GemvLinear(linear)(random(5, 8)).sum().backward()  # many rows go through F.linear, which has one
     assert linear.weight.grad is not None
 
