@@ -78,9 +78,10 @@ def test_a_module_and_a_wrapped_function_have_their_own_source(shown):
 
 
 def test_a_file_is_listed_whole_in_its_own_language(shown, tmp_path):
-    (tmp_path / "kernel.cpp").write_text("int main() {\n  return 0;\n}\n\n")
-    show.show(tmp_path / "kernel.cpp")
-    assert shown[0][0]["text/markdown"] == "```cpp\nint main() {\n  return 0;\n}\n```"
+    for name in ("kernel.cpp", "kernel.h"):
+        (tmp_path / name).write_text("int main() {\n  return 0;\n}\n\n")
+        show.show(tmp_path / name)
+        assert shown[-1][0]["text/markdown"] == "```cpp\nint main() {\n  return 0;\n}\n```"
     with pytest.raises(FileNotFoundError):
         show.show(tmp_path / "another.cpp")
 
