@@ -13,8 +13,8 @@ import gguf
 import llama_cpp
 import numpy as np
 
-TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
-FILE_TYPES = {"float32": 0, "bfloat16": 32}  # llama.cpp's own numbers for a file of such weights
+TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # what llama.cpp calls the formats
+FILE_TYPES = {"float32": 0, "bfloat16": 32, "int8": 7, "int4": 2}  # its own numbers for a file of such weights
 PARTS = {"ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
 PARTS |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
 
@@ -49,8 +49,8 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], shape: dict[str, int]
     for name, values in weights.items():
         # vectors and positions stay float32, as in the files that llama.cpp's own converter writes
         if values.ndim == 2 and name != "wpe.weight" and dtype != "float32":
-            packed = gguf.quants.quantize(values, TYPES[dtype])
-            writer.add_tensor(gguf_name(name), packed, raw_dtype=TYPES[dtype])
+            kind = gguf.GGMLQuantizationType[TYPES[dtype]]
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), values)
     writer.write_header_to_file()
