@@ -1,13 +1,17 @@
 """A model's weights in few bits: every Linear swapped, what that did to it, and its file."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from gptlite.model import GPT
+from gptlite.checkpoints import Checkpoint, read_tensors, write_tensors
+from gptlite.corpus import CharTokenizer
+from gptlite.model import GPT, GPTConfig
 from gptlite.quantization_fits import relative_error
 from gptlite.quantization_grids import INT4, Grid, Quantized, round_to_nearest
 from gptlite.quantized_linear import QuantizedEmbedding, QuantizedLinear
@@ -77,3 +81,37 @@ def input_gram(linear: nn.Module, run: Callable[[], Tensor]) -> Tensor:
     finally:
         handle.remove()
     return seen[0].T @ seen[0] / len(seen[0])
+
+
+def save_quantized(path: Path, model: GPT, tokenizer: CharTokenizer, info: dict[str, Any]) -> None:
+    """Write a quantized model as it is, codes and scales and the rest, to one safetensors file of that size."""
+    if not isinstance(model.lm_head, QuantizedLinear):
+        raise ValueError("the model is not quantized; call quantize_model first, or write it with checkpoints.save.")
+    described = {**info, "config": asdict(model.config), "characters": tokenizer.characters}
+    write_tensors(path, model.state_dict(), described)
+
+
+def load_quantized(path: Path | str) -> Checkpoint:
+    """The model that `save_quantized` wrote, bit for bit, with its tokenizer and info."""
+    tensors, info = read_tensors(Path(path))
+    try:
+        model, tokenizer = GPT(GPTConfig(**info.pop("config"))).eval(), CharTokenizer(info.pop("characters"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a GPT ({error}).") from None
+    dtype = tensors["ln_f.weight"].dtype if "ln_f.weight" in tensors else torch.float32
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, linear in linears.items():
+        parts = {part: tensors.get(f"{name}.{part}") for part in ("codes", "scale", "middle", "input_scale")}
+        for part in ("codes", "scale"):
+            if parts[part] is None:
+                raise ValueError(f"{path} is not a whole quantized model: it has no {name}.{part}.")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantizedLinear.from_parts(linear, **parts))
+    model.wte = QuantizedEmbedding(model.lm_head, dtype)
+    expected = model.to(dtype).state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        have, want = (tuple(d[name].shape) if name in d else None for d in (tensors, expected))
+        if have != want:
+            raise ValueError(f"{path} is of another architecture: {name} is {have}, but the model's is {want}.")
+    model.load_state_dict(tensors)
+    return Checkpoint(model, tokenizer, info)

@@ -17,10 +17,11 @@ constexpr int64_t BLOCK = 64;  // numbers of x that share a scale
 constexpr int64_t SIDE = 32;   // rows of W side by side: each has a number of its own in two vectors
 constexpr int ROWS = 4;        // rows of x that meet a vector of W while a register holds it
 
-typedef uint8_t Codes __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+// these lie in tensors, which may begin anywhere, as those of a file do
+typedef uint8_t Codes __attribute__((vector_size(64), aligned(1)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 
 // x as scale * code, with one scale for each BLOCK numbers of a row
 struct Rounded {

@@ -67,15 +67,35 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, quantized: Quantized | None = None):
         super().__init__()
         q = quantized or round_to_nearest(linear.weight.detach(), self.grid)
-        self.out_features, self.in_features = q.codes.shape
-        self.bits = 4 if q.bits <= 4 else 8  # as stored
-        self.bias = linear.bias
-        self.register_buffer("codes", pack(q.codes, self.bits))
-        self.register_buffer("scale", _by_side(q.scale))
-        self.register_buffer("middle", None if q.middle is None else _by_side(q.middle))
-        self.register_buffer("input_scale", q.input_scale)
-        group = self.in_features // q.scale.shape[1]
-        self.has_kernel = q.middle is None and group % BLOCK == 0 and load_kernel()
+        bits = 4 if q.bits <= 4 else 8  # as stored
+        middle = None if q.middle is None else _by_side(q.middle)
+        self._take(linear, pack(q.codes, bits), _by_side(q.scale), middle, q.input_scale)
+
+    @classmethod
+    def from_parts(
+        cls, linear: nn.Linear, codes: Tensor, scale: Tensor, middle: Tensor | None, input_scale: Tensor | None
+    ) -> "QuantizedLinear":
+        """One in the place of `linear`, of tensors as another one had them."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._take(linear, codes, scale, middle, input_scale)
+        return made
+
+    def _take(
+        self, linear: nn.Linear, codes: Tensor, scale: Tensor, middle: Tensor | None, input_scale: Tensor | None
+    ) -> None:
+        self.out_features, self.in_features, self.bias = linear.out_features, linear.in_features, linear.bias
+        sides, self.bits = -(-self.out_features // SIDE), 32 * codes.shape[1] // self.in_features
+        whole = (sides, self.in_features * self.bits // 32, 4 * SIDE)
+        if self.bits not in (4, 8) or codes.shape != whole or (scale.shape[0], scale.shape[2]) != (sides, SIDE):
+            raise ValueError(
+                f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} are not those of "
+                f"{self.out_features} rows of {self.in_features} weights in four or eight bits."
+            )
+        for name, tensor in (("codes", codes), ("scale", scale), ("middle", middle), ("input_scale", input_scale)):
+            self.register_buffer(name, tensor)
+        group = self.in_features // scale.shape[1]
+        self.has_kernel = middle is None and group % BLOCK == 0 and load_kernel()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_kernel and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
