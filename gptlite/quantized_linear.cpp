@@ -15,6 +15,7 @@
 
 constexpr int64_t BLOCK = 64;  // numbers of x that share a scale
 constexpr int64_t SIDE = 32;   // rows of W side by side: each has a number of its own in two vectors
+constexpr int64_t NEAR = 128;  // rows of x that stay in a core's cache while all of W meets them
 constexpr int ROWS = 4;        // rows of x that meet a vector of W while a register holds it
 
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -101,17 +102,18 @@ void linear(const T* x, const Codes* w, const Halves* scale, const T* bias, T* y
   });
   at::parallel_for(0, (N + SIDE - 1) / SIDE, 1, [&](int64_t begin, int64_t end) {
     Floats sums[2 * ROWS];
-    for (int64_t i = begin; i < end; i++)
-      for (int64_t row = 0, some; row < rows; row += some) {
-        some = rows - row < ROWS ? 1 : ROWS;
-        const auto run = some == 1 ? side_by_side<BITS, 1> : side_by_side<BITS, ROWS>;
-        run(w + i * SIDE * K * BITS / 512, scale + 2 * i * groups, groups, rounded, row, blocks, sums);
-        for (int64_t r = 0; r < some; r++)
-          for (int64_t n = 0; n < std::min(SIDE, N - i * SIDE); n++) {
-            const float sum = reinterpret_cast<float*>(sums)[r * SIDE + n];
-            y[(row + r) * N + i * SIDE + n] = static_cast<T>(sum + (bias ? static_cast<float>(bias[i * SIDE + n]) : 0));
-          }
-      }
+    for (int64_t first = 0; first < rows; first += NEAR)
+      for (int64_t i = begin; i < end; i++)
+        for (int64_t row = first, last = std::min(rows, first + NEAR), some; row < last; row += some) {
+          some = last - row < ROWS ? 1 : ROWS;
+          const auto run = some == 1 ? side_by_side<BITS, 1> : side_by_side<BITS, ROWS>;
+          run(w + i * SIDE * K * BITS / 512, scale + 2 * i * groups, groups, rounded, row, blocks, sums);
+          for (int64_t r = 0; r < some; r++)
+            for (int64_t n = i * SIDE; n < std::min(N, (i + 1) * SIDE); n++) {
+              const float sum = reinterpret_cast<float*>(sums)[r * SIDE + n % SIDE];
+              y[(row + r) * N + n] = static_cast<T>(sum + (bias ? static_cast<float>(bias[n]) : 0));
+            }
+        }
   });
 }
 

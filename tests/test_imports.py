@@ -20,6 +20,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import gptlite.kv_cache, gptlite.generate, gptlite.model, gptlite.corpus, gptlite.device, gptlite.muon
 import gptlite.compilation, gptlite.flash_attention, gptlite.smaller_caches
+import gptlite.quantized_linear, gptlite.quantization_activations, gptlite.quantization_training
 from gptlite.generate import generate
 import torch
 
@@ -51,6 +52,7 @@ before, printed = state(), io.StringIO()
 with contextlib.redirect_stdout(printed):
     import gptlite.model, gptlite.kv_cache, gptlite.generate, gptlite.corpus, gptlite.train, gptlite.checkpoints
     import gptlite.compilation, gptlite.flash_attention, gptlite.smaller_caches
+    import gptlite.quantization, gptlite.quantization_activations, gptlite.quantization_training
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 heavy = [m for m in ("transformers", "matplotlib", "IPython", "onnx", "torchao", "torch._dynamo") if m in sys.modules]
