@@ -111,6 +111,6 @@ def stream_text(
     """Continue a prompt, yielding the text piece by piece."""
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character.")
-    idx = tokenizer.encode(prompt)[None].to(model.wte.weight.device)  # (1, T)
+    idx = tokenizer.encode(prompt)[None].to(model.wpe.weight.device)  # (1, T)
     tokens = stream(model, idx, max_new_tokens, cache, **sampling)  # here, so that what is wrong is said at once
     return (tokenizer.decode(token[0]) for token in tokens)

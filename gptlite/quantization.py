@@ -106,7 +106,11 @@ def load_quantized(path: Path | str) -> Checkpoint:
             if parts[part] is None:
                 raise ValueError(f"{path} is not a whole quantized model: it has no {name}.{part}.")
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear.from_parts(linear, **parts))
+        try:
+            made = QuantizedLinear.from_parts(linear, **parts)
+        except ValueError as error:
+            raise ValueError(f"{path} is of another architecture: of {name}, {error}") from None
+        setattr(model.get_submodule(parent), child, made)
     model.wte = QuantizedEmbedding(model.lm_head, dtype)
     expected = model.to(dtype).state_dict()
     for name in sorted(expected.keys() | tensors.keys()):

@@ -43,7 +43,7 @@ class RoundedInputLinear(nn.Module):
         s = torch.ones(weight.shape[1]) if power is None else smooth([weight], peaks, power)
         self.weight = round_to_nearest(weight * s, INT8).dequantize()
         self.bias, self.smoothing = linear.bias, s
-        self.most = None if peaks is None else (peaks / s).max()
+        self.most = None if peaks is None else (peaks / s).max().clamp(min=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x / self.smoothing

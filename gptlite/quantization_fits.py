@@ -52,10 +52,16 @@ def _inverse_factor(gram: Tensor | None, K: int, damp: float) -> Tensor:
 
     `damp` times its diagonal's mean is added to the diagonal first: a direction that no input had is not free.
     """
-    if gram is None or gram.shape != (K, K):
-        raise ValueError(f"the gram matrix is {gram if gram is None else tuple(gram.shape)}, but must be {(K, K)}.")
+    _check_gram(gram, K)
     damped = gram.double() + damp * gram.diagonal().double().mean().clamp(min=1e-12) * torch.eye(K)
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+
+
+def _check_gram(gram: Tensor | None, K: int) -> None:
+    if gram is None or gram.shape != (K, K):
+        raise ValueError(f"the gram matrix is {gram if gram is None else tuple(gram.shape)}, but must be {(K, K)}.")
+    if not gram.isfinite().all():
+        raise ValueError(f"the gram matrix has {int((~gram.isfinite()).sum())} numbers that are infinite or NaN.")
 
 
 def awq(weight: Tensor, grid: Grid, gram: Tensor | None, tries: int = 20) -> Quantized:
@@ -66,6 +72,7 @@ def awq(weight: Tensor, grid: Grid, gram: Tensor | None, tries: int = 20) -> Qua
     """
     if gram is None:
         raise ValueError("awq looks at the layer's inputs; give quantize_model tokens for calibration.")
+    _check_gram(gram, weight.shape[1])
     size, best, least = gram.diagonal().clamp(min=1e-12).sqrt(), None, torch.inf
     for power in torch.linspace(0, 1, tries):
         s = size**power

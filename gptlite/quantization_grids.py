@@ -66,14 +66,19 @@ def fit_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
 
     bfloat16 has float32's range, so that neither an outlier nor a group of denormal numbers is beyond it.
     """
-    if not weight.isfinite().all():
-        raise ValueError(f"the weight has {int((~weight.isfinite()).sum())} numbers that are infinite or NaN.")
+    refuse_nonfinite(weight)
     groups = weight.float().unflatten(-1, (grid.groups(weight.shape[-1]), -1))  # (N, groups, group)
     if grid.symmetric:
         return _nonzero(groups.abs().amax(-1) / (-grid.lowest - 1)), None
     least, most = groups.aminmax(dim=-1)
     scale = _nonzero((most - least) / (2**grid.bits - 1))
     return scale, (least - grid.lowest * scale.float()).bfloat16()
+
+
+def refuse_nonfinite(weight: Tensor) -> None:
+    """A ValueError counts the numbers that no code can stand for."""
+    if not weight.isfinite().all():
+        raise ValueError(f"the weight has {int((~weight.isfinite()).sum())} numbers that are infinite or NaN.")
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -96,6 +101,9 @@ def from_codes(codes: Tensor, scale: Tensor, middle: Tensor | None = None, input
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, gram: Tensor | None = None) -> Quantized:
-    """Each weight on the nearest point of its group's grid, off by half a scale at most; `gram` is not looked at."""
+    """Each weight on the nearest point of its group's grid, off by half a scale at most; `gram` is not looked at.
+
+    (With a middle, which is rounded to bfloat16, the outermost weights may be off by a little more.)
+    """
     scale, middle = fit_grid(weight, grid)
     return Quantized(to_codes(weight, scale, middle, grid), scale, grid.bits, middle)

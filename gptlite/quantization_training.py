@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptlite.model import GPT
-from gptlite.quantization_grids import Grid, round_to_nearest
+from gptlite.quantization_grids import Grid, refuse_nonfinite, round_to_nearest
 
 
 class QATLinear(nn.Module):
@@ -47,7 +47,8 @@ class NF4Linear(nn.Module):
     def __init__(self, linear: nn.Linear, group: int = 64):
         super().__init__()
         weight = linear.weight.detach().float()
-        if weight.shape[1] % group or group % 2:
+        refuse_nonfinite(weight)
+        if group < 2 or weight.shape[1] % group or group % 2:
             raise ValueError(
                 f"rows of {weight.shape[1]} weights cannot be cut into groups of {group}, or those into pairs."
             )
@@ -90,6 +91,8 @@ class LoRALinear(nn.Module):
 
 def qlora(model: GPT, rank: int = 8, group: int = 64) -> GPT:
     """The same model, in place, with every Linear of its blocks in NF4 beside a LoRA adapter, and all else frozen."""
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has adapters already; begin with a copy of the original.")
     model.requires_grad_(False)
     for block in model.h:
         for parent in (block.attn, block.mlp):

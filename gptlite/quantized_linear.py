@@ -21,7 +21,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     128 bytes hold four codes of each of 32 rows, and with four bits the next four in the bytes' upper halves.
     """
-    if bits not in (4, 8) or codes.shape[1] % (32 // bits):
+    if bits not in (4, 8):
+        raise ValueError(f"bits is {bits}, but codes are packed in 4 or 8.")
+    if codes.shape[1] % (32 // bits):
         raise ValueError(f"{codes.shape[1]} codes of {bits} bits a row do not fill whole vectors of {32 // bits}.")
     codes = F.pad(codes, (0, 0, 0, -codes.shape[0] % SIDE)).to(torch.int16) + 2 ** (bits - 1)  # without a sign
     sides = codes.to(torch.uint8).view(-1, SIDE, codes.shape[1] // 4, 4).transpose(1, 2)  # (N / 32, K / 4, 32, 4)
@@ -85,20 +87,34 @@ class QuantizedLinear(nn.Module):
         self, linear: nn.Linear, codes: Tensor, scale: Tensor, middle: Tensor | None, input_scale: Tensor | None
     ) -> None:
         self.out_features, self.in_features, self.bias = linear.out_features, linear.in_features, linear.bias
-        sides, self.bits = -(-self.out_features // SIDE), 32 * codes.shape[1] // self.in_features
-        whole = (sides, self.in_features * self.bits // 32, 4 * SIDE)
-        if self.bits not in (4, 8) or codes.shape != whole or (scale.shape[0], scale.shape[2]) != (sides, SIDE):
+        sides, K = -(-self.out_features // SIDE), self.in_features
+        self.bits = 32 * codes.shape[1] // K if codes.ndim == 3 else 0
+        groups = scale.shape[1] if scale.ndim == 3 else 0
+        whole = (sides, K * self.bits // 32, 4 * SIDE)
+        if (
+            self.bits not in (4, 8) or codes.shape != whole
+            or groups < 1 or K % groups or scale.shape != (sides, groups, SIDE)
+        ):  # fmt: skip
             raise ValueError(
                 f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} are not those of "
-                f"{self.out_features} rows of {self.in_features} weights in four or eight bits."
+                f"{self.out_features} rows of {K} weights in four or eight bits."
             )
-        for name, tensor in (("codes", codes), ("scale", scale), ("middle", middle), ("input_scale", input_scale)):
+        if codes.dtype != torch.uint8:
+            raise ValueError(f"codes are {codes.dtype}, but must be torch.uint8.")
+        for name, tensor, shape in (("middle", middle, scale.shape), ("input_scale", input_scale, (K,))):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"the {name} is {tuple(tensor.shape)}, but must be {tuple(shape)}.")
+        middle = None if middle is None else middle.bfloat16()
+        for name, tensor in (
+            ("codes", codes), ("scale", scale.bfloat16()), ("middle", middle), ("input_scale", input_scale)
+        ):  # fmt: skip
             self.register_buffer(name, tensor)
-        group = self.in_features // scale.shape[1]
+        group = K // groups
         self.has_kernel = middle is None and group % BLOCK == 0 and load_kernel()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_kernel and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
+        readable = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        if self.has_kernel and readable and not (torch.is_grad_enabled() and x.requires_grad):
             x = x if self.input_scale is None else x * self.input_scale.to(x.dtype)
             return torch.ops.gptlite.quantized_linear(x, self.codes, self.scale, self.bias, self.out_features)
         return F.linear(x, self.weight.to(x.dtype), self.bias)
@@ -119,11 +135,15 @@ class QuantizedLinear(nn.Module):
         return sum(t.nbytes for t in (*self.buffers(), *self.parameters()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        super()._apply(fn, recurse)  # model.to(dtype): scales stay as they are, the kernel knows no others
+        self._view_scales(torch.int16)  # model.to(dtype) leaves integers alone, and so the scales, bit for bit
+        super()._apply(fn, recurse)
+        self._view_scales(torch.bfloat16)
+        return self
+
+    def _view_scales(self, dtype: torch.dtype) -> None:
         for name in ("scale", "middle"):
             tensor = getattr(self, name)
-            setattr(self, name, tensor if tensor is None else tensor.bfloat16())
-        return self
+            setattr(self, name, tensor if tensor is None else tensor.view(dtype))
 
 
 def _by_side(scale: Tensor) -> Tensor:
@@ -150,4 +170,9 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows the model's .to()
 
     def forward(self, idx: Tensor) -> Tensor:
-        return self._head[0].rows(idx).to(self.like.dtype)
+        head = self._head[0]
+        if not torch.compiler.is_compiling() and idx.numel() and not 0 <= idx.min() <= idx.max() < head.out_features:
+            raise IndexError(
+                f"tokens are from {idx.min()} to {idx.max()}, but must be from 0 to {head.out_features - 1}."
+            )
+        return head.rows(idx).to(self.like.dtype)

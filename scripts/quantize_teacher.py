@@ -78,16 +78,17 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
         return run
 
     found = {"float32": lambda: loss(teacher)}
-    for name, grid in NEAREST.items():
-        found[f"{name}, nearest"] = fitted(grid, round_to_nearest)
-    found |= {f"int{bits}, groups of 64, GPTQ": fitted(Grid(bits, 64), gptq) for bits in (4, 3, 2)}
-    found["int4, groups of 64, AWQ"] = fitted(INT4, awq)
-    found["NF4, groups of 64, nearest"] = swapped(NF4Linear)
-    found["int8 inputs, dynamic"] = rounded_inputs(static=False)
-    found["int8 inputs, static"] = rounded_inputs(static=True)
-    found["int8 inputs, static, smoothed"] = rounded_inputs(static=True, power=0.5)
-    found |= {f"int{bits}, groups of 64, QAT": through_rounding(bits) for bits in (3, 2)}
+    found |= {f"{name}, nearest": fitted(grid, round_to_nearest) for name, grid in NEAREST.items()}
+    found |= {f"int{bits}, groups of 64, GPTQ": fitted(Grid(bits, 64), gptq) for bits in (4, 3)}
+    found["int2, groups of 64, QAT"] = through_rounding(2)
     found["QLoRA"] = lambda: fine_tuned(teacher, corpus, steps)
+    found["int8 inputs, static"] = rounded_inputs(static=True)
+    found["int8 inputs, dynamic"] = rounded_inputs(static=False)
+    found["int8 inputs, static, smoothed"] = rounded_inputs(static=True, power=0.5)
+    found["int4, groups of 64, AWQ"] = fitted(INT4, awq)
+    found["int3, groups of 64, QAT"] = through_rounding(3)
+    found["int2, groups of 64, GPTQ"] = fitted(Grid(2, 64), gptq)
+    found["NF4, groups of 64, nearest"] = swapped(NF4Linear)
     return found
 
 
