@@ -28,12 +28,13 @@ void linear(const T* x, const Codes* w, const Halves* scale, const T* bias, T* y
           some = last - row < ROWS ? 1 : ROWS;
           const auto run = some == 1 ? side_by_side<BITS, 1> : side_by_side<BITS, ROWS>;
           run(w + i * SIDE * K * BITS / 512, scale + 2 * i * groups, groups, rounded, row, blocks, sums);
-          for (int64_t r = 0; r < some; r++)
-            for (int64_t n = i * SIDE; n < std::min(N, (i + 1) * SIDE); n++) {
-              const float sum = reinterpret_cast<float*>(sums)[r * SIDE + n % SIDE];
-              const float plus = bias ? static_cast<float>(bias[n]) : 0;
-              y[(row + r) * N + n] = static_cast<T>(sum + plus);
-            }
+          const int64_t n = i * SIDE, count = std::min(SIDE, N - n);
+          for (int64_t r = 0; r < some; r++) {
+            const float* sum = reinterpret_cast<float*>(sums) + r * SIDE;
+            T* to = y + (row + r) * N + n;
+            for (int64_t j = 0; j < count; j++)
+              to[j] = static_cast<T>(sum[j] + (bias ? static_cast<float>(bias[n + j]) : 0));
+          }
         }
   });
 }
