@@ -65,12 +65,17 @@ def save(path: Path, model: GPT, tokenizer: CharTokenizer, info: dict[str, Any],
 def load(path: Path | str) -> Checkpoint:
     """The model at `path` in float32, with its tokenizer and info."""
     tensors, info = read_tensors(Path(path))
-    try:
-        model, tokenizer = GPT(GPTConfig(**info.pop("config"))).eval(), CharTokenizer(info.pop("characters"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe a GPT ({error}).") from None
+    model, tokenizer = take_description(info, path)
     load_weights(model, tensors, path)
     return Checkpoint(model, tokenizer, info)
+
+
+def take_description(info: dict[str, Any], source: Path | str) -> tuple[GPT, CharTokenizer]:
+    """A fresh model and the tokenizer that a checkpoint's info describes; their descriptions leave the info."""
+    try:
+        return GPT(GPTConfig(**info.pop("config"))).eval(), CharTokenizer(info.pop("characters"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} does not describe a GPT ({error}).") from None
 
 
 def load_weights(model: GPT, tensors: dict[str, Tensor], source: Path | str = "the checkpoint") -> None:

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from gptlite.checkpoints import Checkpoint, read_tensors, write_tensors
+from gptlite.checkpoints import Checkpoint, read_tensors, take_description, write_tensors
 from gptlite.corpus import CharTokenizer
-from gptlite.model import GPT, GPTConfig
+from gptlite.model import GPT
 from gptlite.quantization_fits import relative_error
 from gptlite.quantization_grids import INT4, Grid, Quantized, round_to_nearest
 from gptlite.quantized_linear import QuantizedEmbedding, QuantizedLinear
@@ -94,10 +94,7 @@ def save_quantized(path: Path, model: GPT, tokenizer: CharTokenizer, info: dict[
 def load_quantized(path: Path | str) -> Checkpoint:
     """The model that `save_quantized` wrote, bit for bit, with its tokenizer and info."""
     tensors, info = read_tensors(Path(path))
-    try:
-        model, tokenizer = GPT(GPTConfig(**info.pop("config"))).eval(), CharTokenizer(info.pop("characters"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe a GPT ({error}).") from None
+    model, tokenizer = take_description(info, path)
     dtype = tensors["ln_f.weight"].dtype if "ln_f.weight" in tensors else torch.float32
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, linear in linears.items():
