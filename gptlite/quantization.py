@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from gptlite.checkpoints import Checkpoint, read_tensors, take_description, write_tensors
+from gptlite.checkpoints import Checkpoint, load_weights, read_tensors, take_description, write_tensors
 from gptlite.corpus import CharTokenizer
 from gptlite.model import GPT
 from gptlite.quantization_fits import relative_error
@@ -109,10 +109,5 @@ def load_quantized(path: Path | str) -> Checkpoint:
             raise ValueError(f"{path} is of another architecture: of {name}, {error}") from None
         setattr(model.get_submodule(parent), child, made)
     model.wte = QuantizedEmbedding(model.lm_head, dtype)
-    expected = model.to(dtype).state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        have, want = (tuple(d[name].shape) if name in d else None for d in (tensors, expected))
-        if have != want:
-            raise ValueError(f"{path} is of another architecture: {name} is {have}, but the model's is {want}.")
-    model.load_state_dict(tensors)
+    load_weights(model.to(dtype), tensors, path)
     return Checkpoint(model, tokenizer, info)

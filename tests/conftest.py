@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 
+from gptlite.corpus import Corpus, load_corpus
 from gptlite.model import GPT, GPTConfig
 
 # No deadline: no test may depend on how long something takes. The same examples each time, so that a failure belongs to
@@ -26,6 +27,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def plays() -> Corpus:
+    """The book's corpus; a test that needs it is skipped where it can neither be found nor downloaded."""
+    try:
+        return load_corpus("plays")
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

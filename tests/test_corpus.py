@@ -57,14 +57,6 @@ def test_unknown_characters_are_named_each_once():
 
 
 @pytest.fixture(scope="module")
-def plays():
-    try:
-        return load_corpus("plays")
-    except OSError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def texts(plays):
     """The texts trained on and held out."""
     return plays.tokenizer.decode(plays.train), plays.tokenizer.decode(plays.val)

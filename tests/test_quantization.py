@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gptlite import checkpoints
 from gptlite.checkpoints import load_pretrained, read_tensors, write_tensors
-from gptlite.corpus import CharTokenizer, load_corpus, sample_batch
+from gptlite.corpus import CharTokenizer, sample_batch
 from gptlite.generate import generate, stream_text
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, GPTConfig
@@ -37,14 +37,6 @@ def make(make_model):
 @pytest.fixture(scope="module")
 def teacher():
     return load_pretrained("teacher").model
-
-
-@pytest.fixture(scope="module")
-def plays():
-    try:
-        return load_corpus("plays")
-    except OSError as error:
-        pytest.skip(str(error))
 
 
 def prompt(B, T, seed=0):
