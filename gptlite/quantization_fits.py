@@ -4,6 +4,7 @@ What the first two know of the data is the gram matrix X'X / n of a layer's inpu
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def gptq(weight: Tensor, grid: Grid, gram: Tensor | None, damp: float = 0.01) ->
     each later column j moves by e R[k, j] / R[k, k]. A group's grid is fitted to what has become of its weights.
     """
     R, weight, found, fitted = _inverse_factor(gram, weight.shape[1], damp), weight.float().clone(), [], []
-    step, one = grid.group or COLUMNS, Grid(grid.bits, None, grid.symmetric)
+    step, one = grid.group or COLUMNS, replace(grid, group=None)
     grid.groups(weight.shape[1])  # refuses what it does not divide
     for begin in range(0, weight.shape[1], step):
         block, factor = weight[:, begin : begin + step], R[begin : begin + step]  # views

@@ -11,12 +11,13 @@ class Grid:
     """Where weights may lie: at scale * code + middle, with codes of `bits` bits from -2^(bits-1) on.
 
     A `group` of weights that follow one another in a row shares scale and middle; None is the whole row. A symmetric
-    grid has no middle: it lies around zero.
+    grid has no middle: it lies around zero. With `clip` a grid may end before its group's largest weight.
     """
 
     bits: int = 4
     group: int | None = 64
     symmetric: bool = True
+    clip: bool = False
 
     def __post_init__(self):
         if not 2 <= self.bits <= 8:
@@ -41,6 +42,7 @@ class Grid:
 
 
 INT8, INT4 = Grid(8, None), Grid(4, 64)
+SHARES = [share / 100 for share in range(95, 35, -5)]  # of a group's range, among which `clip` chooses
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,38 @@ class Quantized:
 def fit_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The scale and middle (N, groups), in bfloat16, with which a grid spans each group of the weights (N, K).
 
+    With `clip` it spans that one of SHARES of it, about its centre, with which the mean square of the error is least.
     bfloat16 has float32's range, so that neither an outlier nor a group of denormal numbers is beyond it.
     """
     refuse_nonfinite(weight)
     groups = weight.float().unflatten(-1, (grid.groups(weight.shape[-1]), -1))  # (N, groups, group)
+    scale, middle = _span(groups, grid)
+    if not grid.clip:
+        return scale, middle
+    least = _square_error(groups, scale, middle, grid)
+    for share in SHARES:
+        tried, shifted = _span(groups, grid, share)
+        error = _square_error(groups, tried, shifted, grid)
+        better = error < least
+        least, scale = error.where(better, least), tried.where(better, scale)
+        middle = None if middle is None or shifted is None else shifted.where(better, middle)
+    return scale, middle
+
+
+def _span(groups: Tensor, grid: Grid, share: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Scale and middle (N, groups) of a grid from end to end of a share of each group's range."""
     if grid.symmetric:
-        return _nonzero(groups.abs().amax(-1) / (-grid.lowest - 1)), None
+        return _nonzero(share * groups.abs().amax(-1) / (-grid.lowest - 1)), None
     least, most = groups.aminmax(dim=-1)
+    least, most = least + (1 - share) / 2 * (most - least), most - (1 - share) / 2 * (most - least)
     scale = _nonzero((most - least) / (2**grid.bits - 1))
     return scale, (least - grid.lowest * scale.float()).bfloat16()
+
+
+def _square_error(groups: Tensor, scale: Tensor, middle: Tensor | None, grid: Grid) -> Tensor:
+    """Sum of the squares (N, groups) of what rounding to nearest does to the weights (N, groups, group)."""
+    rounded = from_codes(to_codes(groups.flatten(-2), scale, middle, grid), scale, middle)
+    return (rounded.view_as(groups) - groups).square().sum(-1)
 
 
 def refuse_nonfinite(weight: Tensor) -> None:
@@ -103,7 +128,7 @@ def from_codes(codes: Tensor, scale: Tensor, middle: Tensor | None = None, input
 def round_to_nearest(weight: Tensor, grid: Grid, gram: Tensor | None = None) -> Quantized:
     """Each weight on the nearest point of its group's grid, off by half a scale at most; `gram` is not looked at.
 
-    (With a middle, which is rounded to bfloat16, the outermost weights may be off by a little more.)
+    (The outermost weights may be off by more with `clip`, and by a little more with a middle, itself rounded.)
     """
     scale, middle = fit_grid(weight, grid)
     return Quantized(to_codes(weight, scale, middle, grid), scale, grid.bits, middle)

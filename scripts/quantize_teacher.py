@@ -53,14 +53,17 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
         kl = evaluate(model, corpus.val[:GLIMPSE], T, B=8, loss_fn=divergence)
         return {"val_loss": evaluate(model, corpus.val, T, B=8), "kl": kl}
 
+    def bits_of(grid: Grid) -> float:
+        shapes = [m.weight.shape for m in teacher.modules() if isinstance(m, torch.nn.Linear)]
+        return sum(grid.bits_per_weight(K) * N * K for N, K in shapes) / sum(N * K for N, K in shapes)
+
     def fitted(grid: Grid, fit: Callable) -> Callable[[], dict]:
         def run() -> dict:
             model = copy.deepcopy(teacher)
             began = time.perf_counter()
-            reports = quantize_model(model, grid, fit, None if fit is round_to_nearest else calibration)
-            seconds, weights = time.perf_counter() - began, sum(r.shape[0] * r.shape[1] for r in reports)
-            bits = sum(grid.bits_per_weight(r.shape[1]) * r.shape[0] * r.shape[1] for r in reports) / weights
-            return {**loss(model), "seconds": seconds, "bits": bits}
+            quantize_model(model, grid, fit, None if fit is round_to_nearest else calibration)
+            seconds = time.perf_counter() - began
+            return {**loss(model), "seconds": seconds, "bits": bits_of(grid)}
 
         return run
 
@@ -75,26 +78,30 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
 
         return run
 
-    def through_rounding(bits: int) -> Callable[[], dict]:
+    def through_rounding(grid: Grid) -> Callable[[], dict]:
         def run() -> dict:
-            grid, model = Grid(bits, 64), copy.deepcopy(teacher)
+            model = copy.deepcopy(teacher)
             model.swap_linears(lambda linear: QATLinear(linear, grid))
             with torch.enable_grad():
                 log = train(model, corpus, replace(QAT, steps=steps), eval_every=0)
-            return {**loss(model), "seconds": log["seconds"], "curve": log["train_loss"]}
+            return {**loss(model), "seconds": log["seconds"], "bits": bits_of(grid), "curve": log["train_loss"]}
 
         return run
 
     found = {"float32": lambda: loss(teacher)}
     found |= {f"{name}, nearest": fitted(grid, round_to_nearest) for name, grid in NEAREST.items()}
     found |= {f"int{bits}, groups of 64, GPTQ": fitted(Grid(bits, 64), gptq) for bits in (4, 3)}
-    found["int2, groups of 64, QAT"] = through_rounding(2)
+    found["int2, groups of 64, QAT"] = through_rounding(Grid(2, 64))
     found["QLoRA"] = lambda: fine_tuned(teacher, corpus, steps)
     found["int8 inputs, static"] = rounded_inputs(static=True)
     found["int8 inputs, dynamic"] = rounded_inputs(static=False)
     found["int8 inputs, static, smoothed"] = rounded_inputs(static=True, power=0.5)
     found["int4, groups of 64, AWQ"] = fitted(INT4, awq)
-    found["int3, groups of 64, QAT"] = through_rounding(3)
+    for bits in (4, 3, 2):
+        for name, fit in (("nearest", round_to_nearest), ("GPTQ", gptq)):
+            found[f"int{bits} clipped, groups of 64, {name}"] = fitted(Grid(bits, 64, clip=True), fit)
+    found["int3, groups of 64, QAT"] = through_rounding(Grid(3, 64))
+    found["int2 clipped, groups of 64, QAT"] = through_rounding(Grid(2, 64, clip=True))
     found["int2, groups of 64, GPTQ"] = fitted(Grid(2, 64), gptq)
     found["NF4, groups of 64, nearest"] = swapped(NF4Linear)
     return found

@@ -1,6 +1,7 @@
 """Every weight lies within half a scale of what it was, and what no grid can hold is refused."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,32 @@ def test_codes_come_back_from_the_weights_that_they_stand_for(bits, N, group, sy
     scale = (0.5 + torch.rand(N, grid.groups(32), generator=rng)).bfloat16()
     middle = None if symmetric else torch.randn(scale.shape, generator=rng).bfloat16()
     assert torch.equal(to_codes(from_codes(codes, scale, middle), scale, middle, grid), codes)
+
+
+@given(GRIDS, st.integers(1, 4), SIZES, st.integers(0, 99))
+def test_a_clipped_grid_is_never_worse_than_one_that_holds_all(grid, N, size, seed):
+    weight = size * random(N, 16, seed=seed)
+    groups = (N, grid.groups(16), -1)
+    plain, clipped = (round_to_nearest(weight, g) for g in (grid, replace(grid, clip=True)))
+    off = [(q.dequantize() - weight).view(groups).square().sum(-1) for q in (plain, clipped)]
+    assert clipped.dequantize().isfinite().all() and clipped.scale.shape == plain.scale.shape
+    assert (off[1] <= off[0]).all()
+    assert (clipped.scale.float() <= plain.scale.float() * (1 + 2**-8)).all()
+
+
+@pytest.mark.parametrize("bits, least_gain", [(4, 0.03), (3, 0.1), (2, 0.3)])
+def test_the_fewer_the_bits_the_more_is_worth_clipping(bits, least_gain):
+    weight = random(64, 256)
+    grids = Grid(bits, 64), Grid(bits, 64, clip=True)
+    plain, clipped = ((round_to_nearest(weight, grid).dequantize() - weight).norm() for grid in grids)
+    assert clipped < (1 - least_gain) * plain
+
+
+def test_clipping_gives_up_the_one_weight_that_costs_the_others_their_places():
+    weight = torch.tensor([[1.0, -1.0] * 31 + [1.0, 2.0]])
+    plain, clipped = (round_to_nearest(weight, Grid(2, None, clip=clip)) for clip in (False, True))
+    assert plain.scale.tolist() == [[2.0]] and clipped.scale.tolist() == [[1.0]]
+    assert clipped.dequantize().tolist() == [[1.0, -1.0] * 31 + [1.0, 1.0]]
 
 
 def test_the_input_scale_is_a_factor_of_the_columns():
