@@ -36,7 +36,7 @@ NEAREST |= {f"int{bits}, groups of 64": Grid(bits, 64) for bits in (3, 2)}
 CALIBRATION = 32  # windows of the training text
 QAT = TrainConfig(batch_size=16, lr=0.002, adamw_lr=2e-4, warmup=5, decay_from=0.1)
 PLAY = 108_000  # characters: most of the last of the held-out plays
-GLIMPSE = 100_000  # held-out characters over which the divergence from the teacher's predictions is taken
+GLIMPSE = 30_000  # held-out characters over which the divergence from the teacher's predictions is taken
 QLORA = {"rank": 8, "lr": 1e-3, "batch": 8}
 
 

@@ -1,0 +1,127 @@
+"""Train students with and without a teacher, three seeds each, and record what the teacher is worth.
+
+python scripts/distill_students.py [--steps 600] [--out assets/results/distillation/students.json]
+
+Baseline and distilled student of one size and seed see the same windows in the same order, on the same schedule. Runs
+that are recorded already under the same command are kept, and one that was interrupted goes on where it was. The first
+runs sweep temperature, share and loss on the smallest student; the rest use the best of them. Some hours on two cores.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from gptlite.checkpoints import load_pretrained, write_atomically
+from gptlite.corpus import cache_folder, load_corpus
+from gptlite.device import processor_name
+from gptlite.distillation import Distillation, Ensemble, forward_kl, logit_mse, reverse_kl
+from gptlite.distillation_labels import LabelStore, spread_rest, write_labels
+from gptlite.model import GPT, GPTConfig
+from gptlite.train import TrainConfig, evaluate, train
+
+OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "distillation" / "students.json"
+SIZES = {"0.2 M": (2, 4, 88), "0.5 M": (3, 4, 112), "1 M": (3, 4, 160)}  # layers, heads, channels
+SEEDS = (0, 1, 2)
+SWEEP = {  # temperature, alpha, divergence
+    **{f"KL, T {T}, alpha {alpha}": (T, alpha, forward_kl) for T in (1, 2, 4) for alpha in (0.5, 0.9)},
+    "KL, T 1, alpha 1": (1, 1.0, forward_kl),
+    "reverse KL, T 1, alpha 0.9": (1, 0.9, reverse_kl),
+    "MSE, alpha 0.9": (1, 0.9, logit_mse),
+}
+TRAIN = TrainConfig(batch_size=16, warmup=30)
+K = 8  # of the top-k labels
+EVERY = 50  # steps between two looks at the held-out text
+
+
+class Students:
+    """All runs of the experiment, each by a name, and the record that they are kept in."""
+
+    def __init__(self, steps: int, out: Path):
+        self.corpus, self.out, self.config = load_corpus("plays"), out, replace(TRAIN, steps=steps)
+        self.teacher = load_pretrained("teacher").model
+        T = self.teacher.config.block_size
+        path = cache_folder() / f"labels-{steps}"
+        self.store: LabelStore = write_labels(path, self.teacher, self.corpus, T, n=steps * TRAIN.batch_size)
+        self.command = f"python scripts/distill_students.py --steps {steps}"
+        record = json.loads(out.read_text()) if out.exists() else {}
+        if (record.get("command"), record.get("train")) != (self.command, asdict(self.config)):
+            record = {"command": self.command, "train": asdict(self.config), "k": K, "runs": {}}
+        self.record = record
+
+    def run(self, name: str, size: str, seed: int, loss_fn: Callable, sample: Callable | None = None) -> float:
+        """The loss over all held-out plays of a student trained with this loss, now or before."""
+        if name not in self.record["runs"]:
+            model, log = self.trained(name, size, seed, loss_fn, sample)
+            T, runs = model.config.block_size, self.record["runs"]
+            runs[name] = {"size": size, "seed": seed, "parameters": model.n_params(), "curve": log["val_loss"]}
+            runs[name] |= {"val_loss": evaluate(model, self.corpus.val, T), "seconds": log["seconds"]}
+            machine = {"device": processor_name(torch.device("cpu")), "torch": torch.__version__}
+            self.record |= {"machine": machine, "date": time.strftime("%Y-%m-%d")}
+            write_atomically(self.out, (json.dumps(self.record) + "\n").encode())
+        loss = self.record["runs"][name]["val_loss"]
+        print(f"{name}: {loss:.4f} nats a character", flush=True)
+        return loss
+
+    def trained(self, name: str, size: str, seed: int, loss_fn: Callable, sample: Callable | None = None):
+        """A student and its log; a run that has been finished is read from where it was kept."""
+        layers, heads, channels = SIZES[size]
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(layers, heads, channels))
+        state = cache_folder() / "students" / f"{name.replace(' ', '_').replace(',', '')}-{self.config.steps}.state"
+        options = {"state_path": state, "eval_every": EVERY, "compile": bool(shutil.which("c++"))}
+        options |= {"recipe": {"name": name}, "sample": sample or self.store.sample}
+        return model, train(model, self.corpus, replace(self.config, seed=seed), loss_fn=loss_fn, **options)
+
+    def top_k(self, *arguments) -> tuple[torch.Tensor, ...]:
+        """A batch with what a store of the K likeliest tokens would give (tests/ hold it to that)."""
+        x, y, log_p = self.store.sample(*arguments)
+        return x, y, spread_rest(*log_p.topk(K), log_p.shape[-1])
+
+
+def main() -> None:
+    """Do what is not recorded yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    students = Students(args.steps, args.out)
+    smallest, *_ = SIZES
+    swept = {}
+    for name, (temperature, alpha, divergence) in SWEEP.items():
+        loss = Distillation(None, temperature, alpha, divergence)
+        swept[name] = students.run(f"sweep, {name}", smallest, 0, loss)
+    best = min((n for n in swept if n.startswith("KL")), key=swept.get)
+    students.record["best"] = best
+    distilled, alone = Distillation(None, *SWEEP[best]), Distillation(alpha=0)
+    for seed in SEEDS:
+        for size in SIZES:
+            students.run(f"{size}, baseline, seed {seed}", size, seed, alone)
+            students.run(f"{size}, distilled, seed {seed}", size, seed, distilled)
+        students.run(f"{smallest}, top {K}, seed {seed}", smallest, seed, distilled, students.top_k)
+    chain = students.teacher
+    for size in reversed(SIZES):  # each student teaches the next, smaller one
+        loss = distilled if chain is students.teacher else replace(distilled, teacher=chain)
+        source = students.store.sample if chain is students.teacher else unlabelled(students.store)
+        name = f"{size}, distilled, seed 0" if chain is students.teacher else f"{size}, iterated, seed 0"
+        students.run(name, size, 0, loss, source)
+        chain = students.trained(name, size, 0, loss, source)[0].eval()
+    large = list(SIZES)[-1]
+    several = [students.trained(f"{large}, baseline, seed {s}", large, s, alone)[0].eval() for s in SEEDS]
+    for name, teacher in (("one teacher of 1 M", several[0]), ("three teachers of 1 M", Ensemble(*several))):
+        loss = replace(distilled, teacher=teacher)
+        students.run(f"{smallest}, {name}, seed 0", smallest, 0, loss, unlabelled(students.store))
+
+
+def unlabelled(store: LabelStore) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The same batches without the teacher's answers."""
+    return lambda *arguments: store.sample(*arguments)[:2]
+
+
+if __name__ == "__main__":
+    main()
