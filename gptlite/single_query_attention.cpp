@@ -1,4 +1,4 @@
-// Attention of one query: keys and values that it may see are read once, scores stay in the core's cache.
+// Attention of one query as an operator of PyTorch's; what it computes is in one_query.h.
 #include <ATen/Dispatch_v2.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -6,34 +6,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
-#include <vector>
 
-#include "lanes.h"
-
-// one head: q (D), and keys and values of D numbers whose rows lie so many numbers apart; of them it sees those
-// that `seen` marks, or all if that is null; the answer goes to y (D)
-template <typename T>
-void attend(const T* q, const T* k, int64_t k_row, const T* v, int64_t v_row, const bool* seen,
-            int64_t keys, int64_t D, T* y) {
-  std::vector<float> query(q, q + D), scores(keys), sums(D);
-  float largest = -std::numeric_limits<float>::infinity(), total = 0;
-  for (float& x : query) x /= std::sqrt(static_cast<float>(D));
-  for (int64_t j = 0; j < keys; j++)
-    if (!seen || seen[j]) {
-      scores[j] = dot(k + j * k_row, query.data(), D);
-      largest = std::max(largest, scores[j]);
-    }
-  for (int64_t j = 0; j < keys; j++)
-    if (!seen || seen[j]) {
-      const float weight = std::exp(scores[j] - largest);
-      total += weight;
-      for (int64_t d = 0; d < D; d++) sums[d] += weight * static_cast<float>(v[j * v_row + d]);
-    }
-  for (int64_t d = 0; d < D; d++) y[d] = static_cast<T>(sums[d] / total);
-}
+#include "one_query.h"
 
 // q (B, H, 1, D), k and v (B, H_kv, T, D), mask (1, T) or none for all keys -> (B, H, 1, D), in float32
 at::Tensor single_query_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -54,19 +29,22 @@ at::Tensor single_query_attention(const at::Tensor& q, const at::Tensor& k, cons
                    v.scalar_type(), "; all must be alike.");
   const auto in_rows = [](const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
   const at::Tensor qs = in_rows(q), ks = in_rows(k), vs = in_rows(v);
-  const at::Tensor seen = mask ? mask->contiguous() : at::Tensor();
+  const at::Tensor marks = mask ? mask->contiguous() : at::Tensor();
+  const bool* seen = mask ? marks.const_data_ptr<bool>() : nullptr;
+  int64_t keys = T;
+  while (seen && keys > 0 && !seen[keys - 1]) keys--;
+  if (std::all_of(seen, seen ? seen + keys : seen, [](bool mark) { return mark; })) seen = nullptr;
   at::Tensor y = at::empty(q.sizes(), q.options());
   AT_DISPATCH_V2(q.scalar_type(), "single_query_attention", AT_WRAP([&] {
     const scalar_t* Q = qs.const_data_ptr<scalar_t>();
     const scalar_t *K = ks.const_data_ptr<scalar_t>(), *V = vs.const_data_ptr<scalar_t>();
-    const bool* M = mask ? seen.const_data_ptr<bool>() : nullptr;
     scalar_t* Y = y.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / H, h = i % H, shared = h / group;  // neighbours share keys
         attend(Q + b * qs.stride(0) + h * qs.stride(1),
                K + b * ks.stride(0) + shared * ks.stride(1), ks.stride(2),
-               V + b * vs.stride(0) + shared * vs.stride(1), vs.stride(2), M, T, D, Y + i * D);
+               V + b * vs.stride(0) + shared * vs.stride(1), vs.stride(2), seen, keys, D, Y + i * D);
       }
     });
   }), at::kFloat, at::kBFloat16);
