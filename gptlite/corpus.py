@@ -104,15 +104,24 @@ def sample_batch(tokens: Tensor, T: int, B: int, step: int, seed: int = 0) -> tu
     n = len(tokens) // T - 1  # windows in a pass, whatever its offset
     if n < 1:
         raise ValueError(f"the text has {len(tokens)} tokens, but training on windows of {T} needs {2 * T}.")
+    index, offset = draw_windows(n, T, B, step, seed)
+    rows = tokens[(offset + T * index)[:, None] + torch.arange(T + 1)].long()  # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def draw_windows(n: int, T: int, B: int, step: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Which of n windows of T tokens a step takes (B,), and the offset (B,) at which its pass over the text cuts them.
+
+    Each pass takes every window once. What a step takes depends on the arguments alone.
+    """
     draws = torch.arange(step * B, (step + 1) * B)
-    starts = torch.empty(B, dtype=torch.long)
+    index, offset = torch.empty(2, B, dtype=torch.long)
     for epoch in (draws // n).unique().tolist():
         rng = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        offset, order = torch.randint(T, (1,), generator=rng), torch.randperm(n, generator=rng)
         now = draws // n == epoch
-        starts[now] = offset + T * order[draws[now] % n]
-    rows = tokens[starts[:, None] + torch.arange(T + 1)].long()  # (B, T + 1)
-    return rows[:, :-1], rows[:, 1:]
+        offset[now] = torch.randint(T, (1,), generator=rng)
+        index[now] = torch.randperm(n, generator=rng)[draws[now] % n]
+    return index, offset
 
 
 def _clean(play: str) -> str:

@@ -32,7 +32,8 @@ from gptlite.device import fast_dtype, pick_device, processor_name
 from gptlite.model import GPT, GPTConfig
 from gptlite.muon import Muon
 
-LossFn = Callable[[torch.nn.Module, Tensor, Tensor], Tensor]  # (model, x (B, T), y (B, T)) -> the mean loss, a scalar
+LossFn = Callable[..., Tensor]  # (model, x (B, T), y (B, T), and what else a batch has) -> the mean loss, a scalar
+Sampler = Callable[[Tensor, int, int, int, int], tuple[Tensor, ...]]  # as `sample_batch`: (tokens, T, B, step, seed)
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,10 @@ class Run:
         dtype: torch.dtype,
         compile: bool,
         recipe: dict[str, Any],
+        sample: Sampler = sample_batch,
     ):
         self.model, self.corpus, self.config, self.loss_fn, self.dtype = model, corpus, config, loss_fn, dtype
-        self.recipe = recipe
+        self.recipe, self.sample = recipe, sample
         self.device = next(model.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % self.world:
@@ -138,11 +140,11 @@ class Run:
     def step(self) -> None:
         """Train on the next batch, and log its loss: the batch and the dropout depend on seed and step alone."""
         step, seed, T = len(self.log["train_loss"]), self.config.seed, self.model.config.block_size
-        batch = sample_batch(self.corpus.train, T, self.config.batch_size, step, seed)
-        x, y = (t[self.rank :: self.world].to(self.device) for t in batch)  # each process takes its share
+        batch = self.sample(self.corpus.train, T, self.config.batch_size, step, seed)
+        batch = [t[self.rank :: self.world].to(self.device) for t in batch]  # each process takes its share
         torch.manual_seed((1_000_003 * seed + step) * self.world + self.rank)  # of dropout
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.loss_fn(self.runner, x, y)
+            loss = self.loss_fn(self.runner, *batch)
         self.scaler.scale(loss).backward()
         self._update(lr_factor(step, self.config))
         loss = loss.detach()
@@ -215,6 +217,7 @@ def train(
     config: TrainConfig,
     *,
     loss_fn: LossFn = next_token_loss,
+    sample: Sampler = sample_batch,
     state_path: Path | None = None,
     save_every: int = 100,
     eval_every: int = 250,
@@ -227,12 +230,13 @@ def train(
 
     With `state_path` the run is saved there every `save_every` steps and at its end, and goes on from there, exactly,
     if the file exists. Under `torchrun` each process takes its share of every batch. `stop_after` ends early at that
-    step, as a kill would. `recipe` names what else makes the run, such as its loss: a state of another is refused.
+    step, as a kill would. `sample` draws the batches; all that it gives goes to `loss_fn`, after the model. `recipe`
+    names what else makes the run, such as its loss: a state of another is refused.
     """
     T = model.config.block_size
     if eval_every:
         next(windows(corpus.val, T, 1))  # a text that is too short is refused now, not when it is needed
-    run = Run(model, corpus, config, loss_fn, dtype, compile, recipe or {})
+    run = Run(model, corpus, config, loss_fn, dtype, compile, recipe or {}, sample)
     if state_path and state_path.exists():
         run.restore(state_path)
     log, chief = run.log, run.rank == 0

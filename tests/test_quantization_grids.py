@@ -136,7 +136,7 @@ def test_a_clipped_grid_is_never_worse_than_one_that_holds_all(grid, N, size, se
     assert (clipped.scale.float() <= plain.scale.float() * (1 + 2**-8)).all()
 
 
-@pytest.mark.parametrize("bits, least_gain", [(4, 0.03), (3, 0.1), (2, 0.3)])
+@pytest.mark.parametrize(("bits", "least_gain"), [(4, 0.03), (3, 0.1), (2, 0.3)])
 def test_the_fewer_the_bits_the_more_is_worth_clipping(bits, least_gain):
     weight = random(64, 256)
     grids = Grid(bits, 64), Grid(bits, 64, clip=True)
