@@ -46,7 +46,7 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
     calibration, _ = sample_batch(corpus.train, T, CALIBRATION, step=0, seed=1)
 
     def divergence(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        said, meant = (gpt(x).log_softmax(-1).flatten(0, 1) for gpt in (model, teacher))
+        said, meant = (gpt(x).float().log_softmax(-1).flatten(0, 1) for gpt in (model, teacher))
         return F.kl_div(said, meant, reduction="batchmean", log_target=True)
 
     def loss(model: GPT) -> dict:
@@ -67,8 +67,8 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
 
         return run
 
-    def swapped(make: Callable) -> Callable[[], dict]:
-        return lambda: loss(copy.deepcopy(teacher).swap_linears(make))
+    def in_nf4() -> dict:
+        return {**loss(copy.deepcopy(teacher).swap_linears(NF4Linear)), "bits": bits_of(INT4)}
 
     def rounded_inputs(static: bool, power: float | None = None) -> Callable[[], dict]:
         def run() -> dict:
@@ -88,7 +88,7 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
 
         return run
 
-    found = {"float32": lambda: loss(teacher)}
+    found = {"float32": lambda: loss(teacher), "bfloat16": lambda: loss(copy.deepcopy(teacher).bfloat16())}
     found |= {f"{name}, nearest": fitted(grid, round_to_nearest) for name, grid in NEAREST.items()}
     found |= {f"int{bits}, groups of 64, GPTQ": fitted(Grid(bits, 64), gptq) for bits in (4, 3)}
     found["int2, groups of 64, QAT"] = through_rounding(Grid(2, 64))
@@ -97,13 +97,15 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
     found["int8 inputs, dynamic"] = rounded_inputs(static=False)
     found["int8 inputs, static, smoothed"] = rounded_inputs(static=True, power=0.5)
     found["int4, groups of 64, AWQ"] = fitted(INT4, awq)
+    found["int4 clipped, groups of 64, AWQ"] = fitted(replace(INT4, clip=True), awq)
+    found["int3, groups of 64, AWQ"] = fitted(Grid(3, 64), awq)
     for bits in (4, 3, 2):
         for name, fit in (("nearest", round_to_nearest), ("GPTQ", gptq)):
             found[f"int{bits} clipped, groups of 64, {name}"] = fitted(Grid(bits, 64, clip=True), fit)
     found["int3, groups of 64, QAT"] = through_rounding(Grid(3, 64))
     found["int2 clipped, groups of 64, QAT"] = through_rounding(Grid(2, 64, clip=True))
     found["int2, groups of 64, GPTQ"] = fitted(Grid(2, 64), gptq)
-    found["NF4, groups of 64, nearest"] = swapped(NF4Linear)
+    found["NF4, groups of 64, nearest"] = in_nf4
     return found
 
 
