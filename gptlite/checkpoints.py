@@ -129,6 +129,11 @@ def to_hugging_face(model: GPT) -> torch.nn.Module:
     c = model.config
     if c.kv_heads != c.n_head:
         raise ValueError(f"GPT-2 has no grouped queries, but the model has {c.kv_heads} KV heads for {c.n_head} heads.")
+    if (c.n_head * c.head_dim, c.hidden) != (c.n_embd, 4 * c.n_embd):
+        raise ValueError(
+            f"GPT-2 has heads as wide as its {c.n_embd} channels and MLPs four times as wide, but the model's are "
+            f"{c.n_head * c.head_dim} and {c.hidden} wide."
+        )
     shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size}
     theirs = GPT2LMHeadModel(GPT2Config(**shape, vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None)).eval()
     ours = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in model.state_dict().items() if n != "lm_head.weight"}

@@ -1,6 +1,7 @@
-"""GPTlite: GPT-2's architecture in one file, with grouped queries as the only addition.
+"""GPTlite: GPT-2's architecture in one file; grouped queries, and heads and MLPs of any width, are the only additions.
 
-Shapes use one letter each: B batch, T time, C channels (n_embd), H heads, D head size (C = H * D), V vocabulary.
+Shapes use one letter each: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary. C = H * D, unless
+heads have been taken out.
 """
 
 import math
@@ -32,13 +33,16 @@ class GPTConfig:
     vocab_size: int = 65
     n_kv_head: int | None = None  # heads of keys and values; None means n_head, fewer is grouped-query attention
     dropout: float = 0.0  # on the embedding and on each residual branch, in training only
+    head_size: int | None = None  # None means n_embd / n_head; what is left after pruning may be another
+    n_hidden: int | None = None  # neurons of an MLP; None means 4 n_embd
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_kv_head"):
+        whole = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_kv_head", "head_size", "n_hidden")
+        for name in whole:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
-        if self.n_embd % self.n_head:
+        if self.head_size is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide.")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head is {self.n_head}, which n_kv_head = {self.kv_heads} does not divide.")
@@ -53,7 +57,12 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         """Channels of one head, D."""
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_size is None else self.head_size
+
+    @property
+    def hidden(self) -> int:
+        """Neurons of an MLP."""
+        return 4 * self.n_embd if self.n_hidden is None else self.n_hidden
 
 
 GPT2_SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
@@ -94,11 +103,11 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd)
         self.attention = attention
 
     def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         mask = None
@@ -106,16 +115,16 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, H_kv, past + T, D)
             mask = cache.mask(T)
         y = self.attention(q, k, v, mask)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 
 
 class MLP(nn.Module):
-    """Four times wider, GELU in its tanh form (as GPT-2), and back."""
+    """Wider, four times by default, GELU in its tanh form (as GPT-2), and back."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, config.hidden)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))

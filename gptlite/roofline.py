@@ -55,6 +55,7 @@ def operator_costs(
     """
     _check(config, Tq, Tk, B)
     L, C, V, KV = config.n_layer, config.n_embd, config.vocab_size, config.kv_heads * config.head_dim
+    A, hidden = config.n_head * config.head_dim, config.hidden  # A is C, unless heads have been taken out
     size, tokens = dtype.itemsize, B * Tq
     last = B if last_only else tokens  # positions whose logits are wanted
 
@@ -68,16 +69,16 @@ def operator_costs(
     gathered = 4 * tokens * C + 3 * Tq * C  # both kinds of rows read, written, read by the sum; the sum written
     indices = 8 * (tokens + 2 * Tq)  # int64: tokens read, positions written and read
     appended = 2 * 2 * tokens * KV if cache else 0  # new keys and values, read and written into the cache
-    attended = 2 * tokens * C + 2 * B * Tk * KV  # queries in, answers out; all keys and values, once for a group
+    attended = 2 * tokens * A + 2 * B * Tk * KV  # queries in, answers out; all keys and values, once for a group
     return {
         "embedding": Cost(gathered * size + indices, 0, 4),
         "layer_norm": elementwise(2 * C + 2 * tokens * C, 2 * L) + elementwise(2 * C + 2 * last * C, 1),
-        "c_attn": linear(tokens, C, C + 2 * KV),
-        "attention": Cost(L * (appended + attended) * size, L * 4 * B * Tq * Tk * C, L * (3 if cache else 1)),
-        "attn.c_proj": linear(tokens, C, C),
-        "c_fc": linear(tokens, C, 4 * C),
-        "gelu": elementwise(2 * tokens * 4 * C),
-        "mlp.c_proj": linear(tokens, 4 * C, C),
+        "c_attn": linear(tokens, C, A + 2 * KV),
+        "attention": Cost(L * (appended + attended) * size, L * 4 * B * Tq * Tk * A, L * (3 if cache else 1)),
+        "attn.c_proj": linear(tokens, A, C),
+        "c_fc": linear(tokens, C, hidden),
+        "gelu": elementwise(2 * tokens * hidden),
+        "mlp.c_proj": linear(tokens, hidden, C),
         "residual": elementwise(3 * tokens * C, 2 * L),  # two numbers in, their sum out
         "lm_head": linear(last, C, V, bias=False, times=1),
     }

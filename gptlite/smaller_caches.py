@@ -23,7 +23,7 @@ def share_kv_heads(model: GPT, n_kv_head: int) -> GPT:
     tensors = model.state_dict()
     for name in [name for name in tensors if "c_attn" in name]:  # weight (C + 2 H_kv D, C) or bias (C + 2 H_kv D)
         width = config.kv_heads * config.head_dim
-        q, k, v = tensors[name].split([config.n_embd, width, width])
+        q, k, v = tensors[name].split([config.n_head * config.head_dim, width, width])
         grouped = [t.view(n_kv_head, -1, config.head_dim, *t.shape[1:]) for t in (k, v)]  # (H_kv, group, D, ...)
         tensors[name] = torch.cat([q, *(t.mean(1).flatten(0, 1) for t in grouped)])
     made.load_state_dict(tensors)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlite.checkpoints import from_hugging_face, to_hugging_face
+from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, GPT2_SMALL, GPT2_XL, GPTConfig, causal_mask, naive_attention, sdpa_attention
 
 SHAPES = [
@@ -80,6 +81,22 @@ def test_a_variant_of_gpt2_is_refused_rather_than_computed_wrong(change, named):
 def test_grouped_queries_do_not_fit_into_gpt2(make_model):
     with pytest.raises(ValueError, match=r"GPT-2 has no grouped queries, but the model has 2 KV heads for 4 heads\."):
         to_hugging_face(make_model(n_kv_head=2))
+
+
+@pytest.mark.parametrize(("change", "widths"), [({"head_size": 3}, "12 and 64"), ({"n_hidden": 20}, "16 and 20")])
+def test_other_widths_do_not_fit_into_gpt2(make_model, change, widths):
+    with pytest.raises(ValueError, match=f"as wide as its 16 channels .* the model's are {widths} wide"):
+        to_hugging_face(make_model(n_head=4, n_embd=16, **change))
+
+
+def test_widths_of_heads_and_mlp_are_free():
+    config = GPTConfig(n_layer=2, n_head=3, n_embd=16, block_size=8, vocab_size=11, head_size=5, n_hidden=7)
+    model, idx = GPT(config).eval(), torch.randint(11, (2, 8))
+    assert model.h[0].attn.c_attn.weight.shape == (45, 16) and model.h[0].attn.c_proj.weight.shape == (16, 15)
+    assert model.h[1].mlp.c_fc.weight.shape == (7, 16) and (config.head_dim, config.hidden) == (5, 7)
+    cache = KVCache(config, 2, 8)
+    parts = [model(part, cache) for part in idx.split(3, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
 
 
 def attention_by_hand(q, k, v):
@@ -278,6 +295,8 @@ def test_more_tokens_than_positions(make_model):
         ({"block_size": 0}, "block_size is 0, but must be at least 1."),
         ({"vocab_size": 0}, "vocab_size is 0, but must be at least 1."),
         ({"n_kv_head": 0}, "n_kv_head is 0, but must be at least 1."),
+        ({"head_size": 0}, "head_size is 0, but must be at least 1."),
+        ({"n_hidden": 0}, "n_hidden is 0, but must be at least 1."),
         ({"n_embd": 100}, "n_embd is 100, which n_head = 6 does not divide."),
         ({"n_kv_head": 4}, "n_head is 6, which n_kv_head = 4 does not divide."),
         ({"n_kv_head": 12}, "n_head is 6, which n_kv_head = 12 does not divide."),

@@ -36,6 +36,8 @@ def steps(draw):
     kv, group, D = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
     H = kv * group
     config = GPTConfig(draw(st.integers(1, 3)), H, H * D, 16, draw(st.integers(1, 40)), kv)
+    if draw(st.booleans()):  # as pruning may leave it
+        config = replace(config, head_size=draw(st.integers(1, 5)), n_hidden=draw(st.integers(1, 20)))
     Tk = draw(st.integers(1, 16))
     return config, draw(st.integers(1, Tk)), Tk, draw(st.integers(1, 3))
 

@@ -1,0 +1,104 @@
+"""Pruning single weights: masks by magnitude that training cannot undo, and storage that leaves the zeros out."""
+
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptlite.model import GPT
+
+
+class MaskedLinear(nn.Module):
+    """A Linear some of whose weights count as zero, whatever an optimizer does to them: they get no gradient."""
+
+    def __init__(self, linear: nn.Linear, mask: Tensor):
+        super().__init__()
+        if mask.shape != linear.weight.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the mask is {tuple(mask.shape)} {mask.dtype}, but must be {tuple(linear.weight.shape)} torch.bool."
+            )
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("mask", mask)  # (out, in), True where a weight stays
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
+    """True for all but the given share of a weight's numbers, those nearest to zero."""
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"the sparsity is {sparsity}, but must be from 0 (all stay) to 1 (none does).")
+    mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    smallest = weight.detach().abs().flatten().argsort(stable=True)  # exactly so many, whatever is alike
+    mask[smallest[: round(sparsity * weight.numel())]] = False
+    return mask.view_as(weight)
+
+
+def two_of_four_mask(weight: Tensor) -> Tensor:
+    """True for the two largest of each four numbers that follow one another in a row: what sparse tensor cores read."""
+    if weight.shape[-1] % 4:
+        raise ValueError(f"rows of {weight.shape[-1]} weights cannot be cut into fours.")
+    fours = weight.detach().abs().unflatten(-1, (-1, 4))
+    mask = torch.zeros_like(fours, dtype=torch.bool)
+    return mask.scatter(-1, fours.topk(2, dim=-1).indices, True).flatten(-2)
+
+
+def prune_weights(model: GPT, sparsity: float | None) -> GPT:
+    """The same model, in place, with masks on the Linears of its blocks; None keeps two weights of each four.
+
+    Masked already, it is masked anew: by the weights as they have become, those that were masked as zeros.
+    """
+    for block in model.h:
+        for module, name in (
+            (block.attn, "c_attn"),
+            (block.attn, "c_proj"),
+            (block.mlp, "c_fc"),
+            (block.mlp, "c_proj"),
+        ):
+            linear = getattr(module, name)
+            weight = linear.weight * linear.mask if isinstance(linear, MaskedLinear) else linear.weight
+            mask = two_of_four_mask(weight) if sparsity is None else magnitude_mask(weight, sparsity)
+            setattr(module, name, MaskedLinear(linear, mask))
+    return model
+
+
+def bake_masks(model: GPT) -> GPT:
+    """The same model, in place, with plain Linears again, whose masked weights are zeros."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, MaskedLinear):
+                out, wide = child.weight.shape
+                linear = nn.Linear(wide, out, child.bias is not None, device="meta")
+                linear.weight, linear.bias = nn.Parameter((child.weight * child.mask).detach()), child.bias
+                setattr(module, name, linear)
+    return model
+
+
+def sparsity_at(step: int, steps: int, final: float) -> float:
+    """The sparsity of a step on the way to `final`: fast at first, slow at the end (Zhu and Gupta, 2017)."""
+    return final * (1 - (1 - min(step, steps) / steps) ** 3)
+
+
+class SparseLinear(nn.Module):
+    """A Linear whose weight is stored as its nonzero numbers and their places (CSR)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.bias = linear.bias
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            sparse = linear.weight.detach().to_sparse_csr()
+            parts = (sparse.crow_indices().int(), sparse.col_indices().int(), sparse.values())
+            self.weight = torch.sparse_csr_tensor(*parts, size=tuple(sparse.shape), check_invariants=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (B T, in)
+        y = (self.weight @ rows.T).T.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers, their columns, and where each row begins."""
+        return sum(t.nbytes for t in (self.weight.values(), self.weight.col_indices(), self.weight.crow_indices()))

@@ -1,0 +1,177 @@
+"""Masks: exactly as many zeros as asked, of the smallest weights, that survive training, saving and resuming."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptlite.checkpoints import load, save
+from gptlite.corpus import CharTokenizer, Corpus
+from gptlite.model import GPT, GPTConfig
+from gptlite.pruning import (
+    MaskedLinear,
+    SparseLinear,
+    bake_masks,
+    magnitude_mask,
+    prune_weights,
+    sparsity_at,
+    two_of_four_mask,
+)
+from gptlite.train import TrainConfig, next_token_loss, train
+
+TEXT = "".join(f"{a} and {b} make {a + b};\n" for a in range(12) for b in range(12))
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=len(set(TEXT)))
+QUICK = TrainConfig(steps=8, batch_size=4, warmup=2)
+
+
+@pytest.fixture
+def corpus():
+    tokenizer = CharTokenizer(TEXT)
+    tokens = tokenizer.encode(TEXT).to(torch.int16)
+    return Corpus("sums", tokens[:2000], tokens[2000:], tokenizer)
+
+
+def new_model(seed=0, **config):
+    torch.manual_seed(seed)
+    return GPT(replace(SHAPE, **config))
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def masked(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLinear)}
+
+
+# Which weights
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+def test_exactly_the_smallest_go(N, K, sparsity, seed):
+    weight = random(N, K, seed=seed)
+    mask = magnitude_mask(weight, sparsity)
+    assert mask.dtype == torch.bool and mask.shape == weight.shape
+    assert int((~mask).sum()) == round(sparsity * N * K)
+    if mask.any() and not mask.all():
+        assert weight[mask].abs().min() >= weight[~mask].abs().max()
+
+
+def test_weights_that_are_all_alike_are_counted_all_the_same():
+    assert int(magnitude_mask(torch.ones(4, 5), 0.3).sum()) == 14
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
+def test_two_of_each_four_stay_and_they_are_the_largest(N, fours, seed):
+    weight = random(N, 4 * fours, seed=seed)
+    groups, mask = weight.abs().view(N, -1, 4), two_of_four_mask(weight).view(N, -1, 4)
+    assert (mask.sum(-1) == 2).all()
+    kept, gone = groups[mask].view(N, -1, 2), groups[~mask].view(N, -1, 2)
+    assert (kept.amin(-1) >= gone.amax(-1)).all()
+
+
+def test_the_schedule_begins_at_nothing_ends_at_all_and_slows_down():
+    path = [sparsity_at(step, 10, 0.8) for step in range(13)]
+    assert path[0] == 0 and path[10] == path[12] == 0.8
+    steps = [b - a for a, b in zip(path[:11], path[1:11], strict=False)]
+    assert steps == sorted(steps, reverse=True) and steps[-1] > 0
+
+
+# They stay zero
+
+
+def test_the_twin_with_zeros_computes_the_same():
+    model, twin, idx = new_model(), new_model(), torch.randint(SHAPE.vocab_size, (2, 8))
+    prune_weights(model, 0.6)
+    for name, layer in masked(model).items():
+        twin.get_submodule(name).weight.data *= layer.mask
+    assert torch.equal(model(idx), twin(idx))
+    assert len(masked(model)) == 4 * SHAPE.n_layer
+    bake_masks(model)
+    assert torch.equal(model(idx), twin(idx)) and not masked(model)
+    assert model.lm_head.weight is model.wte.weight and (model.wte.weight != 0).all()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("sparsity", [0.5, None])
+def test_masks_survive_training_saving_and_resuming(tmp_path, corpus, optimizer, sparsity):
+    config = replace(QUICK, optimizer=optimizer)
+    path = tmp_path / "run.state"
+    whole, parts = (prune_weights(new_model(), sparsity) for _ in range(2))
+    masks = {n: m.mask.clone() for n, m in masked(whole).items()}
+    train(whole, corpus, config, eval_every=0)
+    train(parts, corpus, config, eval_every=0, state_path=path, stop_after=3, save_every=1)
+    again = prune_weights(new_model(7), 0.1)  # other weights and masks, until the state is read
+    train(again, corpus, config, eval_every=0, state_path=path)
+    for name, layer in masked(whole).items():
+        assert torch.equal(layer.mask, masks[name]) and torch.equal(masked(again)[name].mask, masks[name])
+        assert torch.equal(layer.weight, masked(again)[name].weight)
+    baked = bake_masks(whole)
+    save(tmp_path / "model.safetensors", baked, corpus.tokenizer, {})
+    read = load(tmp_path / "model.safetensors").model
+    for name, mask in masks.items():
+        weight = read.get_submodule(name).weight
+        assert torch.equal(weight != 0, mask & (weight != 0)) and int((weight == 0).sum()) >= int((~mask).sum())
+        assert (weight[mask] != 0).float().mean() > 0.99
+
+
+def test_what_is_masked_gets_no_gradient(corpus):
+    model = prune_weights(new_model(), 0.5)
+    x = corpus.val[:64].view(8, 8).long()
+    next_token_loss(model, x, x).backward()
+    for layer in masked(model).values():
+        assert (layer.weight.grad[~layer.mask] == 0).all() and (layer.weight.grad[layer.mask] != 0).any()
+
+
+def test_masking_anew_takes_more_and_keeps_what_is_gone():
+    model = prune_weights(new_model(), 0.3)
+    before = {n: m.mask.clone() for n, m in masked(model).items()}
+    for layer in masked(model).values():
+        layer.weight.data[~layer.mask] = 9.0  # what an optimizer may have left behind the mask
+    prune_weights(model, 0.6)
+    for name, layer in masked(model).items():
+        assert not (layer.mask & ~before[name]).any()
+        assert int((~layer.mask).sum()) == round(0.6 * layer.mask.numel())
+
+
+# Storage
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.floats(0, 1), st.booleans(), st.integers(0, 50))
+def test_the_sparse_twin_computes_the_same(N, K, sparsity, bias, seed):
+    linear = nn.Linear(K, N, bias)
+    linear.weight.data = random(N, K, seed=seed)
+    linear.weight.data *= magnitude_mask(linear.weight, sparsity)
+    x = random(2, 3, K, seed=seed + 1)
+    sparse = SparseLinear(linear)
+    torch.testing.assert_close(sparse(x), linear(x), atol=1e-5, rtol=1e-5)
+    assert sparse.nbytes == 8 * int((linear.weight != 0).sum()) + 4 * (N + 1)
+
+
+def test_zeros_alone_save_nothing():
+    model = new_model()
+    held = sum(p.nbytes for p in model.parameters())
+    baked = bake_masks(prune_weights(model, 0.9))
+    assert sum(p.nbytes for p in baked.parameters()) == held
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan")])
+def test_a_sparsity_that_is_none(sparsity):
+    with pytest.raises(ValueError, match=re.escape(f"the sparsity is {sparsity}, but must be from 0")):
+        magnitude_mask(torch.ones(2, 2), sparsity)
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="rows of 6 weights cannot be cut into fours"):
+        two_of_four_mask(torch.ones(2, 6))
+    linear = nn.Linear(4, 2)
+    for mask in (torch.ones(4, 2) > 0, torch.ones(2, 4)):
+        with pytest.raises(ValueError, match=r"the mask is \(\d, \d\) torch\.\w+, but must be \(2, 4\) torch.bool"):
+            MaskedLinear(linear, mask)
