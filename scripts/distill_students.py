@@ -8,18 +8,16 @@ runs sweep temperature, share and loss on the smallest student; the rest use the
 """
 
 import argparse
-import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from recorded_runs import RecordedRuns
 
-from gptlite.checkpoints import load_pretrained, write_atomically
+from gptlite.checkpoints import load_pretrained
 from gptlite.corpus import cache_folder, load_corpus
-from gptlite.device import processor_name
 from gptlite.distillation import Distillation, Ensemble, forward_kl, logit_mse, reverse_kl
 from gptlite.distillation_labels import LabelStore, spread_rest, write_labels
 from gptlite.model import GPT, GPTConfig
@@ -43,28 +41,24 @@ class Students:
     """All runs of the experiment, each by a name, and the record that they are kept in."""
 
     def __init__(self, steps: int, out: Path):
-        self.corpus, self.out, self.config = load_corpus("plays"), out, replace(TRAIN, steps=steps)
+        self.corpus, self.config = load_corpus("plays"), replace(TRAIN, steps=steps)
         self.teacher = load_pretrained("teacher").model
         T = self.teacher.config.block_size
         path = cache_folder() / f"labels-{steps}"
         self.store: LabelStore = write_labels(path, self.teacher, self.corpus, T, n=steps * TRAIN.batch_size)
-        self.command = f"python scripts/distill_students.py --steps {steps}"
-        record = json.loads(out.read_text()) if out.exists() else {}
-        if (record.get("command"), record.get("train")) != (self.command, asdict(self.config)):
-            record = {"command": self.command, "train": asdict(self.config), "k": K, "runs": {}}
-        self.record = record
+        command = f"python scripts/distill_students.py --steps {steps}"
+        self.recorded = RecordedRuns(out, command=command, train=asdict(self.config), k=K)
 
     def run(self, name: str, size: str, seed: int, loss_fn: Callable, sample: Callable | None = None) -> float:
         """The loss over all held-out plays of a student trained with this loss, now or before."""
-        if name not in self.record["runs"]:
+
+        def do() -> dict:
             model, log = self.trained(name, size, seed, loss_fn, sample)
-            T, runs = model.config.block_size, self.record["runs"]
-            runs[name] = {"size": size, "seed": seed, "parameters": model.n_params(), "curve": log["val_loss"]}
-            runs[name] |= {"val_loss": evaluate(model, self.corpus.val, T), "seconds": log["seconds"]}
-            machine = {"device": processor_name(torch.device("cpu")), "torch": torch.__version__}
-            self.record |= {"machine": machine, "date": time.strftime("%Y-%m-%d")}
-            write_atomically(self.out, (json.dumps(self.record) + "\n").encode())
-        loss = self.record["runs"][name]["val_loss"]
+            found = {"size": size, "seed": seed, "parameters": model.n_params(), "curve": log["val_loss"]}
+            val_loss = evaluate(model, self.corpus.val, model.config.block_size)
+            return {**found, "val_loss": val_loss, "seconds": log["seconds"]}
+
+        loss = self.recorded.run(name, do)["val_loss"]
         print(f"{name}: {loss:.4f} nats a character", flush=True)
         return loss
 
@@ -79,7 +73,7 @@ class Students:
         return model, train(model, self.corpus, replace(self.config, seed=seed), loss_fn=loss_fn, **options)
 
     def top_k(self, *arguments) -> tuple[torch.Tensor, ...]:
-        """A batch with what a store of the K likeliest tokens would give (tests/ hold it to that)."""
+        """A batch with what a store of the K likeliest tokens would give, from the one of all."""
         x, y, log_p = self.store.sample(*arguments)
         return x, y, spread_rest(*log_p.topk(K), log_p.shape[-1])
 
@@ -97,7 +91,7 @@ def main() -> None:
         loss = Distillation(None, temperature, alpha, divergence)
         swept[name] = students.run(f"sweep, {name}", smallest, 0, loss)
     best = min((n for n in swept if n.startswith("KL")), key=swept.get)
-    students.record["best"] = best
+    students.recorded.record["best"] = best
     distilled, alone = Distillation(None, *SWEEP[best]), Distillation(alpha=0)
     for seed in SEEDS:
         for size in SIZES:

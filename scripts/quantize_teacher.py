@@ -7,7 +7,6 @@ Runs that are recorded already under the same command are kept. About an hour on
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from recorded_runs import RecordedRuns
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gptlite.checkpoints import load_pretrained, write_atomically
+from gptlite.checkpoints import load_pretrained
 from gptlite.corpus import Corpus, load_corpus, sample_batch
-from gptlite.device import processor_name
 from gptlite.model import GPT
 from gptlite.quantization import quantize_model
 from gptlite.quantization_activations import RoundedInputLinear, input_peaks
@@ -139,16 +138,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     teacher, corpus = load_pretrained("teacher").model, load_corpus("plays")
     command = f"python scripts/quantize_teacher.py --steps {args.steps}"
-    record = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if record.get("command") != command:
-        record = {"command": command, "calibration": CALIBRATION, "glimpse": GLIMPSE, "runs": {}}
-    record["machine"] = {"device": processor_name(torch.device("cpu")), "torch": torch.__version__}
-    for name, run in runs(teacher, corpus, args.steps).items():
-        if name not in record["runs"]:
-            record["runs"][name] = run()
-            record["date"] = time.strftime("%Y-%m-%d")
-            write_atomically(args.out, (json.dumps(record, indent=1) + "\n").encode())
-        print(f"{name}: {record['runs'][name]['val_loss']:.4f} nats a character", flush=True)
+    recorded = RecordedRuns(args.out, command=command, calibration=CALIBRATION, glimpse=GLIMPSE)
+    for name, do in runs(teacher, corpus, args.steps).items():
+        print(f"{name}: {recorded.run(name, do)['val_loss']:.4f} nats a character", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ hour on two cores with bfloat16 instructions.
 """
 
 import argparse
-import json
 import shutil
-import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from recorded_runs import RecordedRuns
 
-from gptlite.checkpoints import load_pretrained, write_atomically
+from gptlite.checkpoints import load_pretrained
 from gptlite.corpus import load_corpus
 from gptlite.device import fast_dtype, pick_device, processor_name
 from gptlite.model import GPT
@@ -55,16 +55,11 @@ def main() -> None:
     device = pick_device()
     dtype, teacher = fast_dtype(device), load_pretrained("teacher").model
     command = f"python scripts/uptrain_kv_heads.py --steps {args.steps}"
-    record = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if (record.get("command"), record.get("train")) != (command, asdict(config)):
-        record = {"command": command, "train": asdict(config), "runs": {}}
-    record["machine"] = {"device": processor_name(device), "torch": torch.__version__, "dtype": str(dtype)[6:]}
-    record["date"] = time.strftime("%Y-%m-%d")
+    recorded = RecordedRuns(args.out, command=command, train=asdict(config))
+    machine = {"device": processor_name(device), "dtype": str(dtype)[6:]}
     for heads in (h for h in range(teacher.config.n_head, 0, -1) if teacher.config.n_head % h == 0):
-        if str(heads) not in record["runs"]:
-            record["runs"][str(heads)] = uptrained(teacher, heads, config, device, dtype)
-            write_atomically(args.out, (json.dumps(record, indent=1) + "\n").encode())
-        loss = record["runs"][str(heads)]["val_loss"]
+        do = partial(uptrained, teacher, heads, config, device, dtype)
+        loss = recorded.run(str(heads), do, **machine)["val_loss"]
         print(f"{heads} head{'s' * (heads > 1)}: {loss:.4f} nats a character over all held-out plays")
 
 
