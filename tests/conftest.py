@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import pytest
+import sums
 import torch
 
 from gptlite.corpus import Corpus, load_corpus
@@ -36,6 +37,12 @@ def plays() -> Corpus:
         return load_corpus("plays")
     except OSError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Corpus:
+    """A tiny text that a tiny model can learn."""
+    return sums.corpus()
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from sums import VOCABULARY
 
-from gptlite.corpus import CharTokenizer, Corpus
 from gptlite.distillation import (
     CoTraining,
     Distillation,
@@ -25,18 +25,10 @@ from gptlite.distillation import (
 from gptlite.model import GPT, GPTConfig
 from gptlite.train import TrainConfig, next_token_loss, train
 
-TEXT = "".join(f"{a} and {b} make {a + b};\n" for a in range(12) for b in range(12))
-SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=len(set(TEXT)))
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY)
 QUICK = TrainConfig(steps=30, batch_size=8, warmup=2)
 LOSSES = [forward_kl, reverse_kl, logit_mse]
 TEMPERATURES = st.sampled_from([0.5, 1.0, 2.0, 7.0])
-
-
-@pytest.fixture
-def corpus():
-    tokenizer = CharTokenizer(TEXT)
-    tokens = tokenizer.encode(TEXT).to(torch.int16)
-    return Corpus("sums", tokens[:2000], tokens[2000:], tokenizer)
 
 
 def new_model(seed=0, **config):

@@ -9,17 +9,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sums import TEXT, VOCABULARY
 from torch.utils.data import DataLoader
 
-from gptlite.corpus import CharTokenizer, Corpus, windows
+from gptlite.corpus import CharTokenizer, windows
 from gptlite.distillation import Distillation, forward_kl
 from gptlite.distillation_labels import LabelStore, fingerprint, label_bytes, record_dtype, spread_rest, write_labels
 from gptlite.model import GPT, GPTConfig
 from gptlite.train import TrainConfig, train
 
-TEXT = "".join(f"{a} and {b} make {a + b};\n" for a in range(12) for b in range(12))
 T = 8
-SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=T, vocab_size=len(set(TEXT)))
+SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=T, vocab_size=VOCABULARY)
 V = SHAPE.vocab_size
 
 
@@ -30,13 +30,6 @@ def new_model(seed=0, **config):
         for p in model.parameters():
             p.mul_(3)  # an opinion
     return model.eval()
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    tokenizer = CharTokenizer(TEXT)
-    tokens = tokenizer.encode(TEXT).to(torch.int16)
-    return Corpus("sums", tokens[:1000], tokens[1000:], tokenizer)
 
 
 @pytest.fixture(scope="module")

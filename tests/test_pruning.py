@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
+from sums import VOCABULARY
 
 from gptlite.checkpoints import load, save
-from gptlite.corpus import CharTokenizer, Corpus
 from gptlite.model import GPT, GPTConfig
 from gptlite.pruning import (
     MaskedLinear,
@@ -23,16 +23,8 @@ from gptlite.pruning import (
 )
 from gptlite.train import TrainConfig, next_token_loss, train
 
-TEXT = "".join(f"{a} and {b} make {a + b};\n" for a in range(12) for b in range(12))
-SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=len(set(TEXT)))
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY)
 QUICK = TrainConfig(steps=8, batch_size=4, warmup=2)
-
-
-@pytest.fixture
-def corpus():
-    tokenizer = CharTokenizer(TEXT)
-    tokens = tokenizer.encode(TEXT).to(torch.int16)
-    return Corpus("sums", tokens[:2000], tokens[2000:], tokenizer)
 
 
 def new_model(seed=0, **config):

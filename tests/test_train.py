@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from sums import TEXT, VOCABULARY
 
 from gptlite import train as training
 from gptlite.checkpoints import load, read_tensors, save
-from gptlite.corpus import CharTokenizer, Corpus, sample_batch
+from gptlite.corpus import Corpus, sample_batch
 from gptlite.model import GPT, GPTConfig
 from gptlite.train import (
     PRESETS,
@@ -29,16 +30,8 @@ from gptlite.train import (
 )
 
 ROOT = Path(__file__).parent.parent
-TEXT = "".join(f"{a} and {b} make {a + b};\n" for a in range(12) for b in range(12))
-SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=len(set(TEXT)), dropout=0.1)
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY, dropout=0.1)
 QUICK = TrainConfig(steps=6, batch_size=4, warmup=2)
-
-
-@pytest.fixture
-def corpus():
-    tokenizer = CharTokenizer(TEXT)
-    tokens = tokenizer.encode(TEXT).to(torch.int16)
-    return Corpus("sums", tokens[:2000], tokens[2000:], tokenizer)
 
 
 def new_model(**config):

@@ -4,23 +4,18 @@ import json
 import sys
 
 import pytest
-import torch
 import uptrain_kv_heads as uptrain
+from sums import VOCABULARY
 
 from gptlite.checkpoints import Checkpoint
-from gptlite.corpus import CharTokenizer, Corpus
-
-TEXT = "".join(f"{a} and {b} make {a + b};\n" for a in range(12) for b in range(12))
 
 
 @pytest.fixture
-def tiny(make_model, monkeypatch, tmp_path):
+def tiny(make_model, corpus, monkeypatch, tmp_path):
     """A function that runs the script on a tiny model and returns its record."""
-    tokenizer = CharTokenizer(TEXT)
-    tokens = tokenizer.encode(TEXT).to(torch.int16)
-    monkeypatch.setattr(uptrain, "load_corpus", lambda name: Corpus(name, tokens[:2000], tokens[2000:], tokenizer))
-    model = make_model(vocab_size=len(tokenizer), block_size=16)
-    monkeypatch.setattr(uptrain, "load_pretrained", lambda name: Checkpoint(model, tokenizer, {}))
+    monkeypatch.setattr(uptrain, "load_corpus", lambda name: corpus)
+    model = make_model(vocab_size=VOCABULARY, block_size=16)
+    monkeypatch.setattr(uptrain, "load_pretrained", lambda name: Checkpoint(model, corpus.tokenizer, {}))
     monkeypatch.setattr(uptrain.shutil, "which", lambda name: None)  # nothing is compiled
     monkeypatch.setattr(uptrain, "EVERY", 2)
 
