@@ -26,7 +26,9 @@ LEAST = -60.0  # a log-probability that float16 holds well, and that no temperat
 def fingerprint(model: nn.Module) -> str:
     """Sixteen hexadecimal digits that any change of a model's weights or shape changes."""
     config = getattr(model, "config", None)
-    digest = hashlib.sha256(json.dumps(asdict(config) if is_dataclass(config) else {}).encode())
+    shape = asdict(config) if is_dataclass(config) else {}
+    shape = {name: value for name, value in shape.items() if value is not None}  # a new option changes no old model
+    digest = hashlib.sha256(json.dumps(shape).encode())
     for name, t in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
         digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
