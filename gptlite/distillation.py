@@ -150,15 +150,20 @@ class HiddenMatching(nn.Module):
         """The student's blocks."""
         return self.student.h
 
-    def forward(self, idx: Tensor) -> Tensor:
-        return self.student(idx)
+    def forward(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's logits (B, T, V), and its guess at the teacher's hidden state (B, T, C of the teacher)."""
+        logits, hidden = with_hidden_state(self.student, idx, self.layers[0])
+        return logits, self.projection(hidden)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy with the text, and the mean square that the projected state is off, in shares."""
-        logits, mine = with_hidden_state(self.student, x, self.layers[0])
+        """Cross-entropy with the text, and the mean square that the guess is off, in shares of the teacher's.
+
+        `model` is this one, or what the training loop has wrapped it in.
+        """
+        logits, guess = model(x)
         with torch.no_grad():
             _, theirs = with_hidden_state(self._teacher[0], x, self.layers[1])
-        off = F.mse_loss(self.projection(mine), theirs) / theirs.square().mean()
+        off = F.mse_loss(guess, theirs) / theirs.square().mean()
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten()) + self.weight * off
 
 

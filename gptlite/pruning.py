@@ -1,6 +1,7 @@
 """Pruning single weights: masks by magnitude that training cannot undo, and storage that leaves the zeros out."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -45,22 +46,15 @@ def two_of_four_mask(weight: Tensor) -> Tensor:
     return mask.scatter(-1, fours.topk(2, dim=-1).indices, True).flatten(-2)
 
 
-def prune_weights(model: GPT, sparsity: float | None) -> GPT:
-    """The same model, in place, with masks on the Linears of its blocks; None keeps two weights of each four.
+def prune_weights(model: GPT, mask_of: Callable[[Tensor], Tensor]) -> GPT:
+    """The same model, in place, with masks `mask_of(weight)` on the Linears of its blocks.
 
     Masked already, it is masked anew: by the weights as they have become, those that were masked as zeros.
     """
-    for block in model.h:
-        for module, name in (
-            (block.attn, "c_attn"),
-            (block.attn, "c_proj"),
-            (block.mlp, "c_fc"),
-            (block.mlp, "c_proj"),
-        ):
-            linear = getattr(module, name)
+    for part in [part for block in model.h for part in (block.attn, block.mlp)]:
+        for name, linear in list(part.named_children()):
             weight = linear.weight * linear.mask if isinstance(linear, MaskedLinear) else linear.weight
-            mask = two_of_four_mask(weight) if sparsity is None else magnitude_mask(weight, sparsity)
-            setattr(module, name, MaskedLinear(linear, mask))
+            setattr(part, name, MaskedLinear(linear, mask_of(weight.detach())))
     return model
 
 

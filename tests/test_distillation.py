@@ -2,14 +2,13 @@
 
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from sums import VOCABULARY
+from sums import SHAPE, new_model
 
 from gptlite.distillation import (
     CoTraining,
@@ -22,18 +21,11 @@ from gptlite.distillation import (
     reverse_kl,
     with_hidden_state,
 )
-from gptlite.model import GPT, GPTConfig
 from gptlite.train import TrainConfig, next_token_loss, train
 
-SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY)
 QUICK = TrainConfig(steps=30, batch_size=8, warmup=2)
 LOSSES = [forward_kl, reverse_kl, logit_mse]
 TEMPERATURES = st.sampled_from([0.5, 1.0, 2.0, 7.0])
-
-
-def new_model(seed=0, **config):
-    torch.manual_seed(seed)
-    return GPT(replace(SHAPE, **config))
 
 
 def logits(*shape, seed=0, size=2.0):

@@ -2,16 +2,16 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
-from sums import VOCABULARY
+from sums import SHAPE, new_model
 
 from gptlite.checkpoints import load, save
-from gptlite.model import GPT, GPTConfig
 from gptlite.pruning import (
     MaskedLinear,
     SparseLinear,
@@ -23,17 +23,15 @@ from gptlite.pruning import (
 )
 from gptlite.train import TrainConfig, next_token_loss, train
 
-SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY)
 QUICK = TrainConfig(steps=8, batch_size=4, warmup=2)
-
-
-def new_model(seed=0, **config):
-    torch.manual_seed(seed)
-    return GPT(replace(SHAPE, **config))
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def share(sparsity):
+    return partial(magnitude_mask, sparsity=sparsity)
 
 
 def masked(model):
@@ -78,7 +76,7 @@ def test_the_schedule_begins_at_nothing_ends_at_all_and_slows_down():
 
 def test_the_twin_with_zeros_computes_the_same():
     model, twin, idx = new_model(), new_model(), torch.randint(SHAPE.vocab_size, (2, 8))
-    prune_weights(model, 0.6)
+    prune_weights(model, share(0.6))
     for name, layer in masked(model).items():
         twin.get_submodule(name).weight.data *= layer.mask
     assert torch.equal(model(idx), twin(idx))
@@ -89,15 +87,15 @@ def test_the_twin_with_zeros_computes_the_same():
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("sparsity", [0.5, None])
-def test_masks_survive_training_saving_and_resuming(tmp_path, corpus, optimizer, sparsity):
+@pytest.mark.parametrize("mask_of", [share(0.5), two_of_four_mask])
+def test_masks_survive_training_saving_and_resuming(tmp_path, corpus, optimizer, mask_of):
     config = replace(QUICK, optimizer=optimizer)
     path = tmp_path / "run.state"
-    whole, parts = (prune_weights(new_model(), sparsity) for _ in range(2))
+    whole, parts = (prune_weights(new_model(), mask_of) for _ in range(2))
     masks = {n: m.mask.clone() for n, m in masked(whole).items()}
     train(whole, corpus, config, eval_every=0)
     train(parts, corpus, config, eval_every=0, state_path=path, stop_after=3, save_every=1)
-    again = prune_weights(new_model(7), 0.1)  # other weights and masks, until the state is read
+    again = prune_weights(new_model(7), share(0.1))  # other weights and masks, until the state is read
     train(again, corpus, config, eval_every=0, state_path=path)
     for name, layer in masked(whole).items():
         assert torch.equal(layer.mask, masks[name]) and torch.equal(masked(again)[name].mask, masks[name])
@@ -112,7 +110,7 @@ def test_masks_survive_training_saving_and_resuming(tmp_path, corpus, optimizer,
 
 
 def test_what_is_masked_gets_no_gradient(corpus):
-    model = prune_weights(new_model(), 0.5)
+    model = prune_weights(new_model(), share(0.5))
     x = corpus.val[:64].view(8, 8).long()
     next_token_loss(model, x, x).backward()
     for layer in masked(model).values():
@@ -120,11 +118,11 @@ def test_what_is_masked_gets_no_gradient(corpus):
 
 
 def test_masking_anew_takes_more_and_keeps_what_is_gone():
-    model = prune_weights(new_model(), 0.3)
+    model = prune_weights(new_model(), share(0.3))
     before = {n: m.mask.clone() for n, m in masked(model).items()}
     for layer in masked(model).values():
         layer.weight.data[~layer.mask] = 9.0  # what an optimizer may have left behind the mask
-    prune_weights(model, 0.6)
+    prune_weights(model, share(0.6))
     for name, layer in masked(model).items():
         assert not (layer.mask & ~before[name]).any()
         assert int((~layer.mask).sum()) == round(0.6 * layer.mask.numel())
@@ -147,7 +145,7 @@ def test_the_sparse_twin_computes_the_same(N, K, sparsity, bias, seed):
 def test_zeros_alone_save_nothing():
     model = new_model()
     held = sum(p.nbytes for p in model.parameters())
-    baked = bake_masks(prune_weights(model, 0.9))
+    baked = bake_masks(prune_weights(model, share(0.9)))
     assert sum(p.nbytes for p in baked.parameters()) == held
 
 
