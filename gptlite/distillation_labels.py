@@ -7,7 +7,6 @@ tokens or of the k likeliest with their numbers. `about.json` says whose they ar
 import hashlib
 import json
 import os
-from collections.abc import Sized
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -70,40 +69,49 @@ def write_labels(
     if not 1 <= n <= whole:
         raise ValueError(f"labels of {n} windows are asked for, but the text has from 1 to {whole} of {T} tokens.")
     about = {"teacher": fingerprint(teacher), "corpus": corpus.fingerprint, "n": n, "T": T, "V": V, "k": k}
-    done = _done(path, about)
-    path.mkdir(parents=True, exist_ok=True)
-    if not done:
-        with open(path / "labels.bin", "wb") as file:
-            file.truncate(n * T * dtype.itemsize)
+    done = _begun(path, about)
     labels = np.memmap(path / "labels.bin", dtype, "r+", shape=(n, T))
-    bar = tqdm(total=n, initial=done, desc="labels", unit="window", mininterval=1)
+    left = windows(corpus.train[done * T : n * T + 1], T, B) if done < n else ()
     was_training = teacher.training
     teacher.eval()
-    for x, _ in windows(corpus.train[: n * T + 1][done * T :], T, B) if done < n else ():
-        if stop_after is not None and done >= stop_after:
-            return None
-        with torch.no_grad():
-            log_p = teacher(x.to(device)).float().log_softmax(-1).clamp(min=LEAST).cpu()  # (B, T, V)
-        if k is not None:
-            log_p, token = log_p.topk(k)
-            labels["token"][done : done + len(x)] = token.numpy()
-        labels["log_p"][done : done + len(x)] = log_p.numpy()
-        labels.flush()  # what about.json says is there
-        done += len(x)
-        write_atomically(path / "about.json", json.dumps({**about, "done": done}).encode())
-        bar.update(len(x))
-    bar.close()
-    teacher.train(was_training)
+    try:
+        with tqdm(total=n, initial=done, desc="labels", unit="window", mininterval=1) as bar:
+            for x, _ in left:
+                if stop_after is not None and done >= stop_after:
+                    return None
+                with torch.no_grad():
+                    log_p = teacher(x.to(device)).float().log_softmax(-1).clamp(min=LEAST).cpu()  # (B, T, V)
+                if k is not None:
+                    log_p, token = log_p.topk(k)
+                    labels["token"][done : done + len(x)] = token.numpy()
+                labels["log_p"][done : done + len(x)] = log_p.numpy()
+                labels.flush()  # what about.json says is there
+                done += len(x)
+                write_atomically(path / "about.json", json.dumps({**about, "done": done}).encode())
+                bar.update(len(x))
+    finally:
+        teacher.train(was_training)
     return LabelStore(path, corpus)
 
 
-def _done(path: Path, about: dict[str, Any]) -> int:
-    """Windows that a store has already; a ValueError says in what it is another."""
-    if not (path / "about.json").exists():
-        return 0
-    there = _read_about(path)
-    _refuse_others(path, there, about)
-    return there["done"]
+def _begun(path: Path, about: dict[str, Any]) -> int:
+    """Windows that a store has already; a new one gets its folder and a file of its size."""
+    size = label_bytes(about["n"], about["T"], about["V"], about["k"])
+    if (path / "about.json").exists():
+        there = _read_about(path)
+        _refuse_others(path, there, about)
+        _check_size(path / "labels.bin", size)
+        return there["done"]
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "labels.bin", "wb") as file:
+        file.truncate(size)
+    return 0
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, but must have {expected}; delete the folder.")
 
 
 def _refuse_others(path: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
@@ -124,7 +132,7 @@ def _read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-class LabelStore(torch.utils.data.Dataset, Sized):
+class LabelStore(torch.utils.data.Dataset):
     """Windows of a text with a teacher's answers: item i is always x (T,), y (T,) and logits (T, V) of window i.
 
     It opens its file anew in every process, so any number of a DataLoader's workers may read it.
@@ -138,9 +146,7 @@ class LabelStore(torch.utils.data.Dataset, Sized):
         if about["done"] < self.n:
             raise ValueError(f"the labels at {path} end at window {about['done']} of {self.n}; write_labels goes on.")
         self.path, self.tokens, self.nbytes = path, corpus.train, label_bytes(self.n, self.T, self.V, self.k)
-        size = (path / "labels.bin").stat().st_size if (path / "labels.bin").exists() else 0
-        if size != self.nbytes:
-            raise ValueError(f"{path / 'labels.bin'} has {size} bytes, but must have {self.nbytes}; delete the folder.")
+        _check_size(path / "labels.bin", self.nbytes)
         self._opened: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:

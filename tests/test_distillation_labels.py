@@ -191,6 +191,23 @@ def test_a_kill_in_the_middle_of_a_batch_costs_that_batch_alone(tmp_path, corpus
     assert (tmp_path / "parts" / "labels.bin").read_bytes() == (whole.path / "labels.bin").read_bytes()
 
 
+def test_a_file_that_lost_its_end_is_not_gone_on_with(tmp_path, corpus, teacher):
+    write_labels(tmp_path, teacher, corpus, T, B=7, stop_after=20)
+    size = (tmp_path / "labels.bin").stat().st_size
+    os.truncate(tmp_path / "labels.bin", size // 2)
+    with pytest.raises(ValueError, match=f"has {size // 2} bytes, but must have {size}; delete the folder"):
+        write_labels(tmp_path, teacher, corpus, T, B=7)
+
+
+@pytest.mark.parametrize("stop", [7, None])
+def test_the_teacher_is_left_as_it_was(tmp_path, corpus, stop):
+    model = new_model(1).train()
+    seen = []
+    model.register_forward_hook(lambda m, *_: seen.append(m.training))
+    write_labels(tmp_path, model, corpus, T, B=7, n=20, stop_after=stop)
+    assert model.training and not any(seen)
+
+
 def test_labels_of_another_teacher_text_or_kind_are_refused(tmp_path, corpus, teacher):
     write_labels(tmp_path, teacher, corpus, T, n=20)
     other = replace(corpus, train=corpus.train.flip(0))
