@@ -8,20 +8,19 @@ runs sweep temperature, share and loss on the smallest student; the rest use the
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from recorded_runs import RecordedRuns
+from teaching import Teaching
 
-from gptlite.checkpoints import load_pretrained
-from gptlite.corpus import cache_folder, load_corpus
 from gptlite.distillation import Distillation, Ensemble, forward_kl, logit_mse, reverse_kl
-from gptlite.distillation_labels import LabelStore, spread_rest, write_labels
+from gptlite.distillation_labels import spread_rest
 from gptlite.model import GPT, GPTConfig
-from gptlite.train import TrainConfig, evaluate, train
+from gptlite.train import TrainConfig
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "distillation" / "students.json"
 SIZES = {"0.2 M": (2, 4, 88), "0.5 M": (3, 4, 112), "1 M": (3, 4, 160)}  # layers, heads, channels
@@ -34,18 +33,13 @@ SWEEP = {  # temperature, alpha, divergence
 }
 TRAIN = TrainConfig(batch_size=16, warmup=30)
 K = 8  # of the top-k labels
-EVERY = 50  # steps between two looks at the held-out text
 
 
-class Students:
+class Students(Teaching):
     """All runs of the experiment, each by a name, and the record that they are kept in."""
 
     def __init__(self, steps: int, out: Path):
-        self.corpus, self.config = load_corpus("plays"), replace(TRAIN, steps=steps)
-        self.teacher = load_pretrained("teacher").model
-        T = self.teacher.config.block_size
-        path = cache_folder() / f"labels-{steps}"
-        self.store: LabelStore = write_labels(path, self.teacher, self.corpus, T, n=steps * TRAIN.batch_size)
+        super().__init__(replace(TRAIN, steps=steps), "students")
         command = f"python scripts/distill_students.py --steps {steps}"
         self.recorded = RecordedRuns(out, command=command, train=asdict(self.config), k=K)
 
@@ -55,24 +49,23 @@ class Students:
         def do() -> dict:
             model, log = self.trained(name, size, seed, loss_fn, sample)
             found = {"size": size, "seed": seed, "parameters": model.n_params(), "curve": log["val_loss"]}
-            val_loss = evaluate(model, self.corpus.val, model.config.block_size)
-            return {**found, "val_loss": val_loss, "seconds": log["seconds"]}
+            return {**found, "val_loss": self.loss(model), "seconds": log["seconds"]}
 
         loss = self.recorded.run(name, do)["val_loss"]
         print(f"{name}: {loss:.4f} nats a character", flush=True)
         return loss
 
-    def trained(self, name: str, size: str, seed: int, loss_fn: Callable, sample: Callable | None = None):
-        """A student and its log; a run that has been finished is read from where it was kept."""
+    def trained(
+        self, name: str, size: str, seed: int, loss_fn: Callable, sample: Callable | None = None
+    ) -> tuple[GPT, dict[str, Any]]:
+        """A student and its log."""
         layers, heads, channels = SIZES[size]
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(layers, heads, channels))
-        state = cache_folder() / "students" / f"{name.replace(' ', '_').replace(',', '')}-{self.config.steps}.state"
-        options = {"state_path": state, "eval_every": EVERY, "compile": bool(shutil.which("c++"))}
-        options |= {"recipe": {"name": name}, "sample": sample or self.store.sample}
-        return model, train(model, self.corpus, replace(self.config, seed=seed), loss_fn=loss_fn, **options)
+        c = self.teacher.config
+        model = GPT(GPTConfig(layers, heads, channels, c.block_size, c.vocab_size))
+        return model, self.train(model, name, loss_fn, sample or self.store.sample, seed)
 
-    def top_k(self, *arguments) -> tuple[torch.Tensor, ...]:
+    def top_k(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """A batch with what a store of the K likeliest tokens would give, from the one of all."""
         x, y, log_p = self.store.sample(*arguments)
         return x, y, spread_rest(*log_p.topk(K), log_p.shape[-1])
@@ -98,23 +91,19 @@ def main() -> None:
             students.run(f"{size}, baseline, seed {seed}", size, seed, alone)
             students.run(f"{size}, distilled, seed {seed}", size, seed, distilled)
         students.run(f"{smallest}, top {K}, seed {seed}", smallest, seed, distilled, students.top_k)
-    chain = students.teacher
-    for size in reversed(SIZES):  # each student teaches the next, smaller one
-        loss = distilled if chain is students.teacher else replace(distilled, teacher=chain)
-        source = students.store.sample if chain is students.teacher else unlabelled(students.store)
-        name = f"{size}, distilled, seed 0" if chain is students.teacher else f"{size}, iterated, seed 0"
-        students.run(name, size, 0, loss, source)
-        chain = students.trained(name, size, 0, loss, source)[0].eval()
-    large = list(SIZES)[-1]
-    several = [students.trained(f"{large}, baseline, seed {s}", large, s, alone)[0].eval() for s in SEEDS]
-    for name, teacher in (("one teacher of 1 M", several[0]), ("three teachers of 1 M", Ensemble(*several))):
+    largest, *smaller = reversed(SIZES)
+    before = students.trained(f"{largest}, distilled, seed 0", largest, 0, distilled)[0]
+    for size in smaller:  # each student teaches the next, smaller one
+        run = f"{size}, iterated, seed 0", size, 0, replace(distilled, teacher=before.eval()), students.unlabelled
+        students.run(*run)
+        before = students.trained(*run)[0]
+    several = [students.trained(f"{largest}, baseline, seed {s}", largest, s, alone)[0].eval() for s in SEEDS]
+    for name, teacher in (
+        (f"one teacher of {largest}", several[0]),
+        (f"three teachers of {largest}", Ensemble(*several)),
+    ):
         loss = replace(distilled, teacher=teacher)
-        students.run(f"{smallest}, {name}, seed 0", smallest, 0, loss, unlabelled(students.store))
-
-
-def unlabelled(store: LabelStore) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The same batches without the teacher's answers."""
-    return lambda *arguments: store.sample(*arguments)[:2]
+        students.run(f"{smallest}, {name}, seed 0", smallest, 0, loss, students.unlabelled)
 
 
 if __name__ == "__main__":

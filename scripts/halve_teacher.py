@@ -1,4 +1,4 @@
-"""Halve the teacher in four ways, three seeds each, on the same number of characters, and record what each way loses.
+"""Halve the teacher in five ways, three seeds each, on the same number of characters, and record what each way loses.
 
 python scripts/halve_teacher.py [--steps 600] [--out assets/results/pruning/halves.json]
 
@@ -9,94 +9,77 @@ steps together. Hours on two cores; runs that are recorded already under the sam
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from recorded_runs import RecordedRuns
+from teaching import Teaching
 
-from gptlite.checkpoints import load_pretrained
-from gptlite.corpus import cache_folder, load_corpus, sample_batch
+from gptlite.corpus import sample_batch
 from gptlite.distillation import Distillation
-from gptlite.distillation_labels import LabelStore, write_labels
 from gptlite.model import GPT
 from gptlite.pruning_structure import gradient_importance, most_important, scaled_config, shrink
-from gptlite.train import TrainConfig, evaluate, train
+from gptlite.train import TrainConfig, evaluate
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "halves.json"
 SCALES = (0.9, 0.8, 0.7, 0.6, 0.5)
 SEEDS = (0, 1, 2)
 TRAIN = TrainConfig(batch_size=16, warmup=20)
 ALPHA, TEMPERATURE = 0.9, 1.0
-EVERY = 50  # steps between two looks at the held-out text
 CALIBRATION = 8  # batches of 16 windows, for importance
 
 
-class Halving:
+class Halving(Teaching):
     """The teacher, its labels, and the record of what was made of them."""
 
     def __init__(self, steps: int, out: Path):
-        self.corpus, self.config = load_corpus("plays"), replace(TRAIN, steps=steps)
-        self.teacher = load_pretrained("teacher").model
+        super().__init__(replace(TRAIN, steps=steps), "halves")
         self.half = scaled_config(self.teacher.config, SCALES[-1])
-        T = self.teacher.config.block_size
-        path = cache_folder() / f"labels-{steps}"  # the same as those of distill_students.py
-        self.store: LabelStore = write_labels(path, self.teacher, self.corpus, T, n=steps * TRAIN.batch_size)
         command = f"python scripts/halve_teacher.py --steps {steps}"
         facts = {"train": asdict(self.config), "scales": SCALES, "alpha": ALPHA, "temperature": TEMPERATURE}
         self.recorded = RecordedRuns(out, command=command, **facts)
 
-    def train(self, model: GPT, name: str, steps: int, seed: int, teacher: GPT | None, alpha: float = ALPHA) -> dict:
-        """Train a model in place, by the labels if no teacher is given; its log."""
-        state = cache_folder() / "halves" / f"{name.replace(' ', '_').replace(',', '')}-{steps}.state"
-        loss = Distillation(teacher, TEMPERATURE, alpha)
-        sample = self.store.sample if teacher is None else lambda *arguments: self.store.sample(*arguments)[:2]
-        config = replace(self.config, steps=steps, seed=seed)
-        options = {"state_path": state, "eval_every": EVERY, "compile": bool(shutil.which("c++"))}
-        return train(model, self.corpus, config, loss_fn=loss, sample=sample, recipe={"name": name}, **options)
+    def taught(self, model: GPT, name: str, seed: int, alpha: float) -> dict:
+        """Train a model by the labels, and what is recorded of it."""
+        log = self.train(model, name, Distillation(None, TEMPERATURE, alpha), self.store.sample, seed)
+        return self.measured(model, log)
 
     def measured(self, model: GPT, log: dict) -> dict:
         """What is recorded of a finished model."""
-        loss = evaluate(model, self.corpus.val, model.config.block_size)
         shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "hidden")}
-        return {**shape, "parameters": model.n_params(), "val_loss": loss, "curve": log["val_loss"]}
+        found = {"parameters": model.n_params(), "val_loss": self.loss(model), "curve": log["val_loss"]}
+        return {**shape, **found}
 
     def direct(self, seed: int, alpha: float) -> dict:
         """Half the size from fresh weights, by the text alone (alpha 0) or by the teacher."""
         torch.manual_seed(seed)
-        model = GPT(self.half)
-        name = f"direct, alpha {alpha:g}, seed {seed}"
-        return self.measured(model, self.train(model, name, self.config.steps, seed, None, alpha))
+        return self.taught(GPT(self.half), f"direct, alpha {alpha:g}, seed {seed}", seed, alpha)
 
     def in_steps(self, seed: int) -> dict:
         """Each scale's model from fresh weights, taught by the one before, for an equal share of the steps."""
-        before, share, stages = None, self.config.steps // len(SCALES), []
+        share, stages, before, sample = self.config.steps // len(SCALES), [], None, self.store.sample
         for scale in SCALES:
             torch.manual_seed(seed)
             model = GPT(scaled_config(self.teacher.config, scale))
-            log = self.train(model, f"in steps, {scale}, seed {seed}", share, seed, before)
+            loss = Distillation(before, TEMPERATURE, ALPHA)
+            log = self.train(model, f"in steps, {scale}, seed {seed}", loss, sample, seed, share)
             stages.append({"scale": scale, **self.measured(model, log)})
-            before = model.eval()
+            before, sample = model.eval(), self.unlabelled
         return {**stages[-1], "stages": stages}
 
     def cut(self, seed: int, teach: bool) -> dict:
         """The most important half of the teacher's layers, heads and neurons, trained on."""
-        T, c = self.teacher.config.block_size, self.teacher.config
-        batches = [sample_batch(self.corpus.train, T, 16, step, seed) for step in range(CALIBRATION)]
+        batches = [sample_batch(self.corpus.train, self.T, 16, step, seed) for step in range(CALIBRATION)]
         found = gradient_importance(self.teacher, batches)
         layers = most_important(found.layers, self.half.n_layer)
-        model = shrink(
-            self.teacher,
-            layers,
-            most_important(found.heads, self.half.n_head),
-            most_important(found.neurons, c.hidden // 2),
-        )
-        at_once = evaluate(model, self.corpus.val[: 64 * T + 1], T)
-        name, alpha = f"cut, {'taught' if teach else 'alone'}, seed {seed}", ALPHA if teach else 0.0
-        log = self.train(model, name, self.config.steps, seed, None, alpha)
-        return {**self.measured(model, log), "layers": layers.tolist(), "before_training": at_once}
+        heads = most_important(found.heads, self.half.n_head)
+        neurons = most_important(found.neurons, self.teacher.config.hidden // 2)
+        model = shrink(self.teacher, layers, heads, neurons)
+        at_once = evaluate(model, self.corpus.val[: 64 * self.T + 1], self.T)
+        made = self.taught(model, f"cut, {'taught' if teach else 'alone'}, seed {seed}", seed, ALPHA if teach else 0.0)
+        return {**made, "layers": layers.tolist(), "before_training": at_once}
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from recorded_runs import RecordedRuns
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from gptlite.checkpoints import load_pretrained
 from gptlite.corpus import Corpus, load_corpus, sample_batch
+from gptlite.distillation import forward_kl
 from gptlite.model import GPT
 from gptlite.quantization import quantize_model
 from gptlite.quantization_activations import RoundedInputLinear, input_peaks
@@ -45,8 +45,7 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
     calibration, _ = sample_batch(corpus.train, T, CALIBRATION, step=0, seed=1)
 
     def divergence(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        said, meant = (gpt(x).float().log_softmax(-1).flatten(0, 1) for gpt in (model, teacher))
-        return F.kl_div(said, meant, reduction="batchmean", log_target=True)
+        return forward_kl(model(x), teacher(x))
 
     def loss(model: GPT) -> dict:
         kl = evaluate(model, corpus.val[:GLIMPSE], T, B=8, loss_fn=divergence)

@@ -1,0 +1,48 @@
+"""What experiments with the teacher share: its labels, and one way to train from them that goes on where it was."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptlite.checkpoints import load_pretrained
+from gptlite.corpus import cache_folder, load_corpus
+from gptlite.distillation_labels import write_labels
+from gptlite.model import GPT
+from gptlite.train import TrainConfig, evaluate, train
+
+EVERY = 50  # steps between two looks at the held-out text
+
+
+class Teaching:
+    """The teacher, and its labels for every batch of a run; `folder` is where unfinished runs are kept."""
+
+    def __init__(self, config: TrainConfig, folder: str):
+        self.config, self.corpus, self.teacher = config, load_corpus("plays"), load_pretrained("teacher").model
+        self.T, self.folder = self.teacher.config.block_size, cache_folder() / folder
+        n = config.steps * config.batch_size
+        self.store = write_labels(cache_folder() / f"labels-{n}", self.teacher, self.corpus, self.T, n=n)
+
+    def unlabelled(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        """The same batches as the store's, without the teacher's answers."""
+        return self.store.sample(*arguments)[:2]
+
+    def state(self, name: str, steps: int) -> Path:
+        """Where a run of this name is kept."""
+        return self.folder / f"{name.replace(' ', '_').replace(',', '')}-{steps}.state"
+
+    def train(
+        self, model: GPT, name: str, loss_fn: Callable, sample: Callable, seed: int = 0, steps: int | None = None
+    ) -> dict[str, Any]:
+        """Train a model in place; its log. A run that has been finished is read from where it was kept."""
+        config = replace(self.config, seed=seed, steps=steps or self.config.steps)
+        options = {"state_path": self.state(name, config.steps), "recipe": {"name": name}, "eval_every": EVERY}
+        options |= {"loss_fn": loss_fn, "sample": sample, "compile": bool(shutil.which("c++"))}
+        return train(model, self.corpus, config, **options)
+
+    def loss(self, model: GPT) -> float:
+        """Over all held-out plays, in nats a character."""
+        return evaluate(model, self.corpus.val, self.T)

@@ -1,0 +1,80 @@
+"""The experiments that take hours, on a tiny model: every run recorded, alike but for what is compared, and kept."""
+
+import json
+import sys
+
+import distill_students
+import halve_teacher
+import pytest
+import recorded_runs
+import teaching
+from sums import VOCABULARY
+
+from gptlite import train as training
+from gptlite.checkpoints import Checkpoint
+from gptlite.distillation import forward_kl, reverse_kl
+
+
+@pytest.fixture
+def experiment(make_model, corpus, monkeypatch, tmp_path):
+    """A function that runs a script's experiment on a tiny teacher and returns its record."""
+    teacher = make_model(vocab_size=VOCABULARY, block_size=8, n_layer=4, n_head=4, n_embd=16)
+    monkeypatch.setattr(teaching, "load_corpus", lambda name: corpus)
+    monkeypatch.setattr(teaching, "load_pretrained", lambda name: Checkpoint(teacher, corpus.tokenizer, {}))
+    monkeypatch.setattr(teaching, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(teaching.shutil, "which", lambda name: None)  # nothing is compiled
+    monkeypatch.setattr(teaching, "EVERY", 2)
+    monkeypatch.setattr(halve_teacher, "SEEDS", (0, 1))
+    monkeypatch.setattr(distill_students, "SIZES", {"small": (1, 2, 8), "middle": (1, 2, 12), "large": (2, 2, 16)})
+    monkeypatch.setattr(distill_students, "SEEDS", (0, 1, 2))
+    sweep = {"KL, T 1, alpha 0.9": (1, 0.9, forward_kl), "reverse KL, T 1, alpha 0.9": (1, 0.9, reverse_kl)}
+    monkeypatch.setattr(distill_students, "SWEEP", sweep)
+
+    def run(script, steps=5) -> dict:
+        out = tmp_path / f"{script.__name__}.json"
+        monkeypatch.setattr(sys, "argv", [script.__name__, "--steps", str(steps), "--out", str(out)])
+        script.main()
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_the_students(experiment, monkeypatch):
+    record = experiment(distill_students)
+    runs = record["runs"]
+    assert record["best"] == "KL, T 1, alpha 0.9"
+    for size in ("small", "middle", "large"):
+        for seed in range(3):
+            pair = [runs[f"{size}, {kind}, seed {seed}"] for kind in ("baseline", "distilled")]
+            assert pair[0]["parameters"] == pair[1]["parameters"] and pair[0]["val_loss"] != pair[1]["val_loss"]
+            assert [step for step, _ in pair[0]["curve"]] == [2, 4]
+    assert runs["small, distilled, seed 0"]["val_loss"] == runs["sweep, KL, T 1, alpha 0.9"]["val_loss"]
+    assert {n for n in runs if "iterated" in n} == {"middle, iterated, seed 0", "small, iterated, seed 0"}
+    taught = [runs[f"small, {n}, seed 0"]["val_loss"] for n in ("one teacher of large", "three teachers of large")]
+    assert len({*taught, runs["small, iterated, seed 0"]["val_loss"], runs["small, top 8, seed 0"]["val_loss"]}) == 4
+    monkeypatch.setattr(recorded_runs, "write_atomically", lambda *_: pytest.fail("something was run again"))
+    assert experiment(distill_students) == record
+
+
+def test_the_halves(experiment, monkeypatch):
+    record = experiment(halve_teacher)
+    for seed in (0, 1):
+        runs = {n.rpartition(",")[0]: r for n, r in record["runs"].items() if n.endswith(f"seed {seed}")}
+        assert set(runs) == {"text alone", "distilled", "in steps", "cut, taught", "cut, text alone"}
+        shapes = {n: (r["n_layer"], r["n_head"], r["n_embd"], r["hidden"]) for n, r in runs.items()}
+        assert shapes["text alone"] == shapes["distilled"] == shapes["in steps"] == (2, 2, 8, 32)
+        assert shapes["cut, taught"] == shapes["cut, text alone"] == (2, 2, 16, 32)
+        assert [stage["scale"] for stage in runs["in steps"]["stages"]] == list(halve_teacher.SCALES)
+        assert runs["cut, taught"]["before_training"] == runs["cut, text alone"]["before_training"]
+        assert len({r["val_loss"] for r in runs.values()}) == 5
+    monkeypatch.setattr(recorded_runs, "write_atomically", lambda *_: pytest.fail("something was run again"))
+    assert experiment(halve_teacher) == record
+
+
+def test_a_finished_student_is_read_from_where_it_was_kept(experiment, monkeypatch):
+    record = experiment(distill_students)
+    students = distill_students.Students(5, teaching.cache_folder() / "again.json")
+    monkeypatch.setattr(training.Run, "step", lambda self: pytest.fail("it was trained again"))
+    model, log = students.trained("small, baseline, seed 0", "small", 0, distill_students.Distillation(alpha=0))
+    assert students.loss(model) == record["runs"]["small, baseline, seed 0"]["val_loss"]
+    assert len(log["train_loss"]) == 5
