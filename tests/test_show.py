@@ -52,7 +52,9 @@ def test_a_listing_is_the_source_as_it_stands_in_the_file(shown):
 def test_classes_decorators_and_comments_are_listed_whole(shown):
     show.show(model.GPTConfig)
     path = notebook_files.ROOT / "gptlite/model.py"
-    expected = source_on_disk(path, "@dataclass(frozen=True)", "return self.n_embd // self.n_head")
+    expected = source_on_disk(
+        path, "@dataclass(frozen=True)", "return 4 * self.n_embd if self.n_hidden is None else self.n_hidden"
+    )
     assert "  # the longest context" in expected
     assert shown[0][0]["text/markdown"] == f"```python\n{expected}\n```"
 
