@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gptlite.device import pick_device, synchronize
-from gptlite.generate import stream
+from gptlite.generate import decode_one_token, prefill, stream
+from gptlite.kv_cache import KVCache
 from gptlite.model import GPT
 
 Fn = Callable[[], Any]
@@ -161,6 +162,31 @@ def measure_generation(
     first = timing([r[0] for r in runs])
     per_token = timing([sum(r[1:]) / (max_new_tokens - 1) for r in runs])
     return GenerationTiming(first, per_token, timing([sum(r) for r in runs]), steps, len(idx))
+
+
+def measure_decoding(models: dict[str, GPT], context: int, new: int = 16, repeats: int = 9) -> dict[str, Timing]:
+    """Seconds of one more token at batch 1 with a cache: a mean over `new` after `context` others, models in turns."""
+    for name, value in (("context", context), ("new", new)):
+        _at_least(name, value, 1)
+
+    def decoder(model: GPT) -> Fn:
+        weight = model.wte.weight
+        cache = KVCache(model.config, 1, context + new, weight.dtype, weight.device)
+        prompt = torch.zeros(1, context, dtype=torch.long, device=weight.device)
+
+        @torch.inference_mode()
+        def decode() -> None:
+            cache.rewind(context)
+            for _ in range(new):
+                decode_one_token(model, prompt[:, :1], cache)
+
+        with torch.inference_mode():
+            prefill(model, prompt, cache)
+        return decode
+
+    device = next(iter(models.values())).wte.weight.device
+    timed = measure_alternately({n: decoder(m) for n, m in models.items()}, repeats=repeats, device=device)
+    return {name: timing([s / new for s in t.times]) for name, t in timed.items()}
 
 
 def peak_memory(fn: Fn, device: torch.device | None = None) -> int:

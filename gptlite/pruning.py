@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -53,8 +54,10 @@ def prune_weights(model: GPT, mask_of: Callable[[Tensor], Tensor]) -> GPT:
     """
     for part in [part for block in model.h for part in (block.attn, block.mlp)]:
         for name, linear in list(part.named_children()):
-            weight = linear.weight * linear.mask if isinstance(linear, MaskedLinear) else linear.weight
-            setattr(part, name, MaskedLinear(linear, mask_of(weight.detach())))
+            if isinstance(linear, MaskedLinear):
+                linear.mask.copy_(mask_of((linear.weight * linear.mask).detach()))
+            else:
+                setattr(part, name, MaskedLinear(linear, mask_of(linear.weight.detach())))
     return model
 
 
@@ -73,6 +76,21 @@ def bake_masks(model: GPT) -> GPT:
 def sparsity_at(step: int, steps: int, final: float) -> float:
     """The sparsity of a step on the way to `final`: fast at first, slow at the end (Zhu and Gupta, 2017)."""
     return final * (1 - (1 - min(step, steps) / steps) ** 3)
+
+
+def gradual_pruning(final: float, steps: int, every: int = 5) -> Callable[[GPT, int], None]:
+    """What a training run does before its steps to take ever more weights of a masked model away, by magnitude.
+
+    Each `every` steps the masks are chosen anew; from the given step on they stay.
+    """
+    if not (0 <= final <= 1 and steps >= 1 and every >= 1):
+        raise ValueError(f"final is {final}, steps {steps} and every {every}; from 0 to 1, and at least 1, are right.")
+
+    def before_step(model: GPT, step: int) -> None:
+        if step == steps or (step < steps and step % every == 0):
+            prune_weights(model, partial(magnitude_mask, sparsity=sparsity_at(step, steps, final)))
+
+    return before_step
 
 
 class SparseLinear(nn.Module):

@@ -34,6 +34,7 @@ from gptlite.muon import Muon
 
 LossFn = Callable[..., Tensor]  # (model, x (B, T), y (B, T), and what else a batch has) -> the mean loss, a scalar
 Sampler = Callable[[Tensor, int, int, int, int], tuple[Tensor, ...]]  # as `sample_batch`: (tokens, T, B, step, seed)
+BeforeStep = Callable[[GPT, int], None]  # (model, step): what else changes in the course of a run, such as masks
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,10 @@ class Run:
         compile: bool,
         recipe: dict[str, Any],
         sample: Sampler = sample_batch,
+        before_step: BeforeStep | None = None,
     ):
         self.model, self.corpus, self.config, self.loss_fn, self.dtype = model, corpus, config, loss_fn, dtype
-        self.recipe, self.sample = recipe, sample
+        self.recipe, self.sample, self.before_step = recipe, sample, before_step
         self.device = next(model.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % self.world:
@@ -140,6 +142,8 @@ class Run:
     def step(self) -> None:
         """Train on the next batch, and log its loss: the batch and the dropout depend on seed and step alone."""
         step, seed, T = len(self.log["train_loss"]), self.config.seed, self.model.config.block_size
+        if self.before_step is not None:
+            self.before_step(self.model, step)
         batch = self.sample(self.corpus.train, T, self.config.batch_size, step, seed)
         batch = [t[self.rank :: self.world].to(self.device) for t in batch]  # each process takes its share
         torch.manual_seed((1_000_003 * seed + step) * self.world + self.rank)  # of dropout
@@ -225,18 +229,20 @@ def train(
     compile: bool = False,
     recipe: dict[str, Any] | None = None,
     stop_after: int | None = None,
+    before_step: BeforeStep | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place; return a log of "train_loss" per step, "val_loss" as [[step, nats]...] and "seconds".
 
     With `state_path` the run is saved there every `save_every` steps and at its end, and goes on from there, exactly,
     if the file exists. Under `torchrun` each process takes its share of every batch. `stop_after` ends early at that
     step, as a kill would. `sample` draws the batches; all that it gives goes to `loss_fn`, after the model. `recipe`
-    names what else makes the run, such as its loss: a state of another is refused.
+    names what else makes the run, such as its loss: a state of another is refused. `before_step` may change the model,
+    as long as its parameters and buffers stay the same tensors.
     """
     T = model.config.block_size
     if eval_every:
         next(windows(corpus.val, T, 1))  # a text that is too short is refused now, not when it is needed
-    run = Run(model, corpus, config, loss_fn, dtype, compile, recipe or {}, sample)
+    run = Run(model, corpus, config, loss_fn, dtype, compile, recipe or {}, sample, before_step)
     if state_path and state_path.exists():
         run.restore(state_path)
     log, chief = run.log, run.rank == 0

@@ -27,7 +27,7 @@ SIZES = {"0.2 M": (2, 4, 88), "0.5 M": (3, 4, 112), "1 M": (3, 4, 160)}  # layer
 SEEDS = (0, 1, 2)
 SWEEP = {  # temperature, alpha, divergence
     **{f"KL, T {T}, alpha {alpha}": (T, alpha, forward_kl) for T in (1, 2, 4) for alpha in (0.5, 0.9)},
-    "KL, T 1, alpha 1": (1, 1.0, forward_kl),
+    **{f"KL, T 1, alpha {alpha}": (1, alpha, forward_kl) for alpha in (0.1, 0.25, 1)},
     "reverse KL, T 1, alpha 0.9": (1, 0.9, reverse_kl),
     "MSE, alpha 0.9": (1, 0.9, logit_mse),
 }

@@ -13,6 +13,7 @@ from gptlite.bench import (
     GenerationTiming,
     measure,
     measure_alternately,
+    measure_decoding,
     measure_generation,
     peak_memory,
     ratio,
@@ -47,6 +48,28 @@ def test_the_device_is_waited_for_before_and_after(monkeypatch):
     monkeypatch.setattr(bench, "synchronize", lambda device: events.append(str(device)))
     measure(lambda: events.append("call"), repeats=2, warmup=1, device=CPU)
     assert events == ["call"] + ["cpu", "call", "cpu"] * 2
+
+
+def test_decoding_takes_turns_and_reads_on_after_the_same_past(make_model, monkeypatch):
+    models, read = {"small": make_model(), "large": make_model(n_layer=3)}, []
+    step = bench.decode_one_token
+
+    def watched(model, token, cache):
+        read.append((model.config.n_layer, cache.length))
+        assert token.shape == (1, 1) and torch.is_inference_mode_enabled()
+        return step(model, token, cache)
+
+    monkeypatch.setattr(bench, "decode_one_token", watched)
+    timed = measure_decoding(models, context=5, new=3, repeats=2)
+    assert read == [(n, 5 + i) for n in (2, 3, 2, 3, 2, 3) for i in range(3)]  # a round to warm up, and two that count
+    assert {n: len(t.times) for n, t in timed.items()} == {"small": 2, "large": 2}
+
+
+@pytest.mark.parametrize("wrong", [{"context": 0}, {"context": 4, "new": 0}, {"context": 4, "repeats": 0}])
+def test_decoding_of_nothing_is_refused(make_model, wrong):
+    (name, _), *_ = reversed(wrong.items())
+    with pytest.raises(ValueError, match=f"{name} is 0, but must be at least 1."):
+        measure_decoding({"it": make_model()}, **wrong)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import distill_students
 import halve_teacher
 import pytest
 import recorded_runs
+import search_architecture
 import teaching
 from sums import VOCABULARY
 
+from gptlite import architecture_search
 from gptlite import train as training
 from gptlite.checkpoints import Checkpoint
 from gptlite.distillation import forward_kl, reverse_kl
@@ -30,9 +32,9 @@ def experiment(make_model, corpus, monkeypatch, tmp_path):
     sweep = {"KL, T 1, alpha 0.9": (1, 0.9, forward_kl), "reverse KL, T 1, alpha 0.9": (1, 0.9, reverse_kl)}
     monkeypatch.setattr(distill_students, "SWEEP", sweep)
 
-    def run(script, steps=5) -> dict:
+    def run(script, *arguments, steps=5) -> dict:
         out = tmp_path / f"{script.__name__}.json"
-        monkeypatch.setattr(sys, "argv", [script.__name__, "--steps", str(steps), "--out", str(out)])
+        monkeypatch.setattr(sys, "argv", [script.__name__, "--steps", str(steps), "--out", str(out), *arguments])
         script.main()
         return json.loads(out.read_text())
 
@@ -69,6 +71,23 @@ def test_the_halves(experiment, monkeypatch):
         assert len({r["val_loss"] for r in runs.values()}) == 5
     monkeypatch.setattr(recorded_runs, "write_atomically", lambda *_: pytest.fail("something was run again"))
     assert experiment(halve_teacher) == record
+
+
+@pytest.mark.parametrize("budget", ["1e9", "1e-9"])
+def test_the_search(experiment, monkeypatch, budget):
+    choices = {"layers": (1, 2), "heads": (1, 2), "head size": (4,), "queries of a KV head": (1, 2), "MLP ratio": (2,)}
+    monkeypatch.setattr(architecture_search, "CHOICES", choices)
+    monkeypatch.setattr(search_architecture, "SIZES", {"small": (1, 2, 8), "large": (2, 2, 16)})
+    monkeypatch.setattr(search_architecture, "CONTEXT", 3)
+    monkeypatch.setattr(search_architecture, "NEW", 2)
+    options = "--budget", budget, "--trials"
+    runs = experiment(search_architecture, *options, "4")["runs"]
+    assert list(runs) == ["by hand, small", "by hand, large", *(f"trial {i}" for i in range(4))]
+    for run in runs.values():
+        assert run["latency"][1] <= run["latency"][0] <= run["latency"][2] and run["parameters"] > 0
+        assert (run["val_loss"] is None) == (budget == "1e-9")
+    more = experiment(search_architecture, *options, "6")["runs"]  # goes on where it was
+    assert len(more) == 8 and {n: more[n] for n in runs} == runs
 
 
 def test_a_finished_student_is_read_from_where_it_was_kept(experiment, monkeypatch):

@@ -21,6 +21,7 @@ sys.meta_path.insert(0, Missing())
 import gptlite.kv_cache, gptlite.generate, gptlite.model, gptlite.corpus, gptlite.device, gptlite.muon
 import gptlite.compilation, gptlite.flash_attention, gptlite.smaller_caches
 import gptlite.quantized_linear, gptlite.quantization_activations, gptlite.quantization_training
+import gptlite.distillation, gptlite.pruning, gptlite.pruning_structure, gptlite.architecture_search
 from gptlite.generate import generate
 import torch
 
@@ -53,9 +54,11 @@ with contextlib.redirect_stdout(printed):
     import gptlite.model, gptlite.kv_cache, gptlite.generate, gptlite.corpus, gptlite.train, gptlite.checkpoints
     import gptlite.compilation, gptlite.flash_attention, gptlite.smaller_caches
     import gptlite.quantization, gptlite.quantization_activations, gptlite.quantization_training
+    import gptlite.distillation_labels, gptlite.pruning, gptlite.pruning_structure, gptlite.architecture_search
 after = state()
 changed = [name for name in before if before[name] != after[name]]
-heavy = [m for m in ("transformers", "matplotlib", "IPython", "onnx", "torchao", "torch._dynamo") if m in sys.modules]
+others = ("transformers", "matplotlib", "IPython", "onnx", "torchao", "optuna", "torch._dynamo")
+heavy = [m for m in others if m in sys.modules]
 print(json.dumps({"changed": changed, "heavy": heavy, "printed": printed.getvalue()}))
 """
 

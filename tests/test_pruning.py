@@ -16,6 +16,7 @@ from gptlite.pruning import (
     MaskedLinear,
     SparseLinear,
     bake_masks,
+    gradual_pruning,
     magnitude_mask,
     prune_weights,
     sparsity_at,
@@ -128,6 +129,31 @@ def test_masking_anew_takes_more_and_keeps_what_is_gone():
         assert int((~layer.mask).sum()) == round(0.6 * layer.mask.numel())
 
 
+def test_gradually_step_by_step_and_across_an_interruption(tmp_path, corpus):
+    def options(path=None):
+        return {"before_step": gradual_pruning(0.75, 6, every=2), "eval_every": 0, "state_path": path}
+
+    whole, parts, again = (prune_weights(new_model(), share(0)) for _ in range(3))
+    seen, take_away = [], gradual_pruning(0.75, 6, every=2)
+
+    def watched(model, step):
+        take_away(model, step)
+        seen.append([m.mask.clone() for m in masked(model).values()])
+
+    train(whole, corpus, QUICK, **options() | {"before_step": watched})
+    shares = [1 - masks[0].float().mean().item() for masks in seen]
+    numbers = seen[0][0].numel()
+    expected = [round(sparsity_at(n, 6, 0.75) * numbers) / numbers for n in (0, 0, 2, 2, 4, 4, 6, 6)]
+    assert shares == pytest.approx(expected)
+    for before, after in zip(seen[:-1], seen[1:], strict=True):  # what is gone stays away
+        assert not any((b & ~a).any() for a, b in zip(before, after, strict=True))
+    train(parts, corpus, QUICK, **options(tmp_path / "run.state"), stop_after=3, save_every=3)
+    train(again, corpus, QUICK, **options(tmp_path / "run.state"))
+    for name, layer in masked(whole).items():
+        assert torch.equal(layer.mask, masked(again)[name].mask)
+        assert torch.equal(layer.weight, masked(again)[name].weight)
+
+
 # Storage
 
 
@@ -156,6 +182,12 @@ def test_zeros_alone_save_nothing():
 def test_a_sparsity_that_is_none(sparsity):
     with pytest.raises(ValueError, match=re.escape(f"the sparsity is {sparsity}, but must be from 0")):
         magnitude_mask(torch.ones(2, 2), sparsity)
+
+
+@pytest.mark.parametrize("wrong", [(1.5, 4, 1), (-0.5, 4, 1), (0.5, 0, 1), (0.5, 4, 0)])
+def test_a_schedule_that_is_none(wrong):
+    with pytest.raises(ValueError, match="from 0 to 1, and at least 1, are right"):
+        gradual_pruning(*wrong)
 
 
 def test_shapes_that_do_not_fit():

@@ -1,0 +1,90 @@
+"""Search for the shape of the best student that decodes within a budget, and record every shape that was tried.
+
+python scripts/search_architecture.py [--trials 48] [--steps 100] [--budget 0.4] [--out PATH]
+
+A shape's latency is the time of one more token, eager, at batch 1 and with a cache, over the teacher's in the same
+turns. What is within the budget is taught briefly by the teacher's labels, and so are the hand-made students. Shapes
+that are recorded already under the same command are kept. An hour on two cores.
+"""
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import optuna
+import torch
+from distill_students import SIZES
+from recorded_runs import RecordedRuns
+from teaching import Teaching
+
+from gptlite.architecture_search import Tried, pareto_front, search
+from gptlite.bench import measure_decoding, ratio
+from gptlite.distillation import Distillation
+from gptlite.model import GPT, GPTConfig
+from gptlite.train import TrainConfig
+
+OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "search.json"
+TRAIN = TrainConfig(batch_size=16, warmup=10)
+CONTEXT, NEW = 64, 16  # tokens of the past, and timed tokens
+
+
+class Search(Teaching):
+    """Times and teaches shapes, and keeps what it found."""
+
+    def __init__(self, steps: int, budget: float, command: str, out: Path):
+        super().__init__(replace(TRAIN, steps=steps), "search")
+        self.budget = budget
+        facts = {"train": asdict(self.config), "budget": budget, "context": CONTEXT}
+        self.recorded = RecordedRuns(out, command=command, **facts)
+
+    def attempt(self, name: str, config: GPTConfig) -> Tried:
+        """One shape, measured and, if it is fast enough, taught, now or before."""
+
+        def do() -> dict:
+            torch.manual_seed(0)
+            model = GPT(config)
+            times = measure_decoding({"it": model.eval(), "teacher": self.teacher}, CONTEXT, NEW)
+            relative = ratio(times["it"], times["teacher"])
+            loss = None
+            if relative.median <= self.budget:
+                self.train(model.train(), f"{name} {self.shape(config)}", Distillation(), self.store.sample)
+                loss = self.loss(model)
+            found = {"parameters": model.n_params(), "latency": [relative.median, relative.low, relative.high]}
+            return {"config": asdict(config), **found, "val_loss": loss}
+
+        run = self.recorded.run(name, do)
+        if run["config"] != asdict(config):
+            raise ValueError(f"{self.recorded.path} has another shape for {name!r}; delete it.")
+        tried = Tried(config, run["latency"][0], run["val_loss"])
+        says = "too slow" if tried.loss is None else f"{tried.loss:.4f} nats a character"
+        print(f"{name}: {self.shape(config)}, {tried.latency:.2f} of the teacher's time, {says}", flush=True)
+        return tried
+
+    @staticmethod
+    def shape(c: GPTConfig) -> str:
+        """Layers, heads, KV heads, channels and neurons in a file's name."""
+        return f"{c.n_layer}-{c.n_head}-{c.kv_heads}-{c.n_embd}-{c.hidden}"
+
+
+def main() -> None:
+    """Try what is not recorded yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--budget", type=float, default=0.4, help="of the teacher's time")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    command = f"python scripts/search_architecture.py --steps {args.steps} --budget {args.budget}"
+    searching = Search(args.steps, args.budget, command, args.out)
+    like = searching.teacher.config
+    for size, (layers, heads, channels) in SIZES.items():
+        searching.attempt(f"by hand, {size}", replace(like, n_layer=layers, n_head=heads, n_embd=channels))
+    found = search(like, lambda i, config: searching.attempt(f"trial {i}", config), args.trials)
+    taught = [t for t in found if t.loss is not None]
+    for i in pareto_front([(t.latency, t.loss) for t in taught]):
+        print(f"front: {searching.shape(taught[i].config)}, {taught[i].latency:.2f}, {taught[i].loss:.4f}")
+
+
+if __name__ == "__main__":
+    main()
