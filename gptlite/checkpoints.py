@@ -58,7 +58,7 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
 
 def save(path: Path, model: GPT, tokenizer: CharTokenizer, info: dict[str, Any], dtype=torch.float16) -> None:
     """Write a model; `dtype` is that of the file (float16 keeps 11 bits of each weight and halves the size)."""
-    tensors = {n: t.to(dtype) for n, t in model.state_dict().items() if n != "lm_head.weight"}  # tied: stored once
+    tensors = {n: t.to(dtype) for n, t in own_tensors(model).items()}
     write_tensors(path, tensors, {**info, "config": asdict(model.config), "characters": tokenizer.characters})
 
 
@@ -78,9 +78,14 @@ def take_description(info: dict[str, Any], source: Path | str) -> tuple[GPT, Cha
         raise ValueError(f"{source} does not describe a GPT ({error}).") from None
 
 
+def own_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A model's tensors by name, without the heads: each is its embedding's matrix, whose tensor is there already."""
+    return {n: t for n, t in model.state_dict().items() if n.split(".")[-2:] != ["lm_head", "weight"]}
+
+
 def load_weights(model: GPT, tensors: dict[str, Tensor], source: Path | str = "the checkpoint") -> None:
     """Copy `tensors` into a model; a ValueError names the first that is missing, unknown or of another shape."""
-    expected = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    expected = own_tensors(model)
     for name in sorted(expected.keys() | tensors.keys()):
         have, want = (tuple(d[name].shape) if name in d else None for d in (tensors, expected))
         if have != want:

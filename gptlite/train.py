@@ -172,7 +172,7 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write all that the run needs to go on: float32 weights, the optimizers' tensors, configuration and log."""
-        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items() if n != "lm_head.weight"}
+        tensors = {f"model.{n}": t for n, t in checkpoints.own_tensors(self.model).items()}
         for i, optimizer in enumerate(self.optimizers):
             for p, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{p}.{key}": t for key, t in state.items()}

@@ -16,8 +16,18 @@ from typing import Any
 import torch
 from recorded_runs import RecordedRuns
 from teaching import Teaching
+from torch import Tensor, nn
 
-from gptlite.distillation import Distillation, Ensemble, forward_kl, logit_mse, reverse_kl
+from gptlite.distillation import (
+    CoTraining,
+    Distillation,
+    Ensemble,
+    HiddenMatching,
+    forward_kl,
+    logit_mse,
+    mutual_loss,
+    reverse_kl,
+)
 from gptlite.distillation_labels import spread_rest
 from gptlite.model import GPT, GPTConfig
 from gptlite.train import TrainConfig
@@ -33,6 +43,7 @@ SWEEP = {  # temperature, alpha, divergence
 }
 TRAIN = TrainConfig(batch_size=16, warmup=30)
 K = 8  # of the top-k labels
+HIDDEN = (0, 2)  # the student's layer that learns to guess a layer of the teacher: each the middle one
 
 
 class Students(Teaching):
@@ -43,12 +54,12 @@ class Students(Teaching):
         command = f"python scripts/distill_students.py --steps {steps}"
         self.recorded = RecordedRuns(out, command=command, train=asdict(self.config), k=K)
 
-    def run(self, name: str, size: str, seed: int, loss_fn: Callable, sample: Callable | None = None) -> float:
-        """The loss over all held-out plays of a student trained with this loss, now or before."""
+    def run(self, name: str, *recipe: Any, **options: Any) -> float:
+        """The loss over all held-out plays of a student that was `trained` so, now or before."""
 
         def do() -> dict:
-            model, log = self.trained(name, size, seed, loss_fn, sample)
-            found = {"size": size, "seed": seed, "parameters": model.n_params(), "curve": log["val_loss"]}
+            model, log = self.trained(name, *recipe, **options)
+            found = {"parameters": model.n_params(), "steps": len(log["train_loss"]), "curve": log["val_loss"]}
             return {**found, "val_loss": self.loss(model), "seconds": log["seconds"]}
 
         loss = self.recorded.run(name, do)["val_loss"]
@@ -56,19 +67,37 @@ class Students(Teaching):
         return loss
 
     def trained(
-        self, name: str, size: str, seed: int, loss_fn: Callable, sample: Callable | None = None
+        self,
+        name: str,
+        size: str,
+        seed: int,
+        loss_fn: Callable,
+        sample: Callable | None = None,
+        steps: int | None = None,
+        wrap: Callable[[GPT], nn.Module] | None = None,
     ) -> tuple[GPT, dict[str, Any]]:
-        """A student and its log."""
+        """A student and its log; `wrap` makes of it what is trained, if that is more than the student."""
+        model, sample = self.student(size, seed), sample or self.store.sample
+        if wrap is None:
+            return model, self.train(model, name, loss_fn, sample, seed, steps)
+        return model, self.train(wrap(model), name, loss_fn, sample, seed, steps, compile=False, eval_every=0)
+
+    def student(self, size: str, seed: int) -> GPT:
+        """A student that knows nothing."""
         layers, heads, channels = SIZES[size]
         torch.manual_seed(seed)
         c = self.teacher.config
-        model = GPT(GPTConfig(layers, heads, channels, c.block_size, c.vocab_size))
-        return model, self.train(model, name, loss_fn, sample or self.store.sample, seed)
+        return GPT(GPTConfig(layers, heads, channels, c.block_size, c.vocab_size))
 
     def top_k(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """A batch with what a store of the K likeliest tokens would give, from the one of all."""
         x, y, log_p = self.store.sample(*arguments)
         return x, y, spread_rest(*log_p.topk(K), log_p.shape[-1])
+
+
+def matching_loss(model: HiddenMatching, x: Tensor, y: Tensor) -> Tensor:
+    """The loss that belongs to a student with its projection."""
+    return model.loss(model, x, y)
 
 
 def main() -> None:
@@ -90,6 +119,8 @@ def main() -> None:
         for size in SIZES:
             students.run(f"{size}, baseline, seed {seed}", size, seed, alone)
             students.run(f"{size}, distilled, seed {seed}", size, seed, distilled)
+            half = students.config.steps // 2  # with a schedule of its own
+            students.run(f"{size}, distilled in half the steps, seed {seed}", size, seed, distilled, steps=half)
         students.run(f"{smallest}, top {K}, seed {seed}", smallest, seed, distilled, students.top_k)
     largest, *smaller = reversed(SIZES)
     before = students.trained(f"{largest}, distilled, seed 0", largest, 0, distilled)[0]
@@ -104,6 +135,12 @@ def main() -> None:
     ):
         loss = replace(distilled, teacher=teacher)
         students.run(f"{smallest}, {name}, seed 0", smallest, 0, loss, students.unlabelled)
+    wraps = {  # what learns, and its loss
+        "two that learn together": (lambda model: CoTraining(model, students.student(smallest, 1)), mutual_loss),
+        "hidden states": (lambda model: HiddenMatching(model, students.teacher, HIDDEN), matching_loss),
+    }
+    for name, (wrap, loss) in wraps.items():
+        students.run(f"{smallest}, {name}, seed 0", smallest, 0, loss, students.unlabelled, wrap=wrap)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gptlite.checkpoints import load_pretrained
 from gptlite.corpus import cache_folder, load_corpus
@@ -35,13 +36,23 @@ class Teaching:
         return self.folder / f"{name.replace(' ', '_').replace(',', '')}-{steps}.state"
 
     def train(
-        self, model: GPT, name: str, loss_fn: Callable, sample: Callable, seed: int = 0, steps: int | None = None
+        self,
+        model: nn.Module,
+        name: str,
+        loss_fn: Callable,
+        sample: Callable,
+        seed: int = 0,
+        steps: int | None = None,
+        **others: Any,
     ) -> dict[str, Any]:
-        """Train a model in place; its log. A run that has been finished is read from where it was kept."""
+        """Train a model in place; its log. A run that has been finished is read from where it was kept.
+
+        `others` are options of the training loop.
+        """
         config = replace(self.config, seed=seed, steps=steps or self.config.steps)
         options = {"state_path": self.state(name, config.steps), "recipe": {"name": name}, "eval_every": EVERY}
         options |= {"loss_fn": loss_fn, "sample": sample, "compile": bool(shutil.which("c++"))}
-        return train(model, self.corpus, config, **options)
+        return train(model, self.corpus, config, **options | others)
 
     def loss(self, model: GPT) -> float:
         """Over all held-out plays, in nats a character."""

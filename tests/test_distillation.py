@@ -204,6 +204,20 @@ def test_two_that_learn_together_both_learn_and_agree_more(corpus):
     assert apart[0.9] < apart[0.0]
 
 
+def test_what_learns_together_is_saved_and_goes_on_together(corpus, tmp_path):
+    def learn(**options):
+        pair = CoTraining(new_model(0), new_model(1))
+        train(pair, corpus, QUICK, loss_fn=mutual_loss, eval_every=0, **options)
+        return pair
+
+    path, whole = tmp_path / "pair.state", learn()
+    learn(state_path=path, stop_after=3, save_every=3)
+    again = learn(state_path=path)
+    for p, q in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert again.first.lm_head.weight is again.first.wte.weight
+
+
 def next_two(corpus):
     rows = corpus.val[:65].long()
     return rows[:-1].view(8, 8), rows[1:].view(8, 8)

@@ -29,6 +29,7 @@ def experiment(make_model, corpus, monkeypatch, tmp_path):
     monkeypatch.setattr(halve_teacher, "SEEDS", (0, 1))
     monkeypatch.setattr(distill_students, "SIZES", {"small": (1, 2, 8), "middle": (1, 2, 12), "large": (2, 2, 16)})
     monkeypatch.setattr(distill_students, "SEEDS", (0, 1, 2))
+    monkeypatch.setattr(distill_students, "HIDDEN", (0, 2))
     sweep = {"KL, T 1, alpha 0.9": (1, 0.9, forward_kl), "reverse KL, T 1, alpha 0.9": (1, 0.9, reverse_kl)}
     monkeypatch.setattr(distill_students, "SWEEP", sweep)
 
@@ -49,11 +50,13 @@ def test_the_students(experiment, monkeypatch):
         for seed in range(3):
             pair = [runs[f"{size}, {kind}, seed {seed}"] for kind in ("baseline", "distilled")]
             assert pair[0]["parameters"] == pair[1]["parameters"] and pair[0]["val_loss"] != pair[1]["val_loss"]
-            assert [step for step, _ in pair[0]["curve"]] == [2, 4]
+            assert [step for step, _ in pair[0]["curve"]] == [2, 4] and pair[0]["steps"] == pair[1]["steps"] == 5
+            assert runs[f"{size}, distilled in half the steps, seed {seed}"]["steps"] == 2
     assert runs["small, distilled, seed 0"]["val_loss"] == runs["sweep, KL, T 1, alpha 0.9"]["val_loss"]
     assert {n for n in runs if "iterated" in n} == {"middle, iterated, seed 0", "small, iterated, seed 0"}
     taught = [runs[f"small, {n}, seed 0"]["val_loss"] for n in ("one teacher of large", "three teachers of large")]
-    assert len({*taught, runs["small, iterated, seed 0"]["val_loss"], runs["small, top 8, seed 0"]["val_loss"]}) == 4
+    taught += [runs[f"small, {n}, seed 0"]["val_loss"] for n in ("two that learn together", "hidden states")]
+    assert len({*taught, runs["small, iterated, seed 0"]["val_loss"], runs["small, top 8, seed 0"]["val_loss"]}) == 6
     monkeypatch.setattr(recorded_runs, "write_atomically", lambda *_: pytest.fail("something was run again"))
     assert experiment(distill_students) == record
 
