@@ -1,0 +1,75 @@
+"""Prune the teacher's weights at once and gradually, train on under the masks, and record what each loses.
+
+python scripts/prune_teacher.py [--steps 120] [--out assets/results/pruning/weights.json]
+
+Each share of zeros is reached at once, before the first step, or over the first two thirds of the steps; two of each
+four at once. All see the same batches, with the unpruned teacher's labels. Runs that are recorded already under the
+same command are kept. Half an hour on two cores.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from recorded_runs import RecordedRuns
+from teaching import Teaching
+from torch import Tensor
+
+from gptlite.distillation import Distillation
+from gptlite.model import GPT
+from gptlite.pruning import bake_masks, gradual_pruning, magnitude_mask, prune_weights, two_of_four_mask
+from gptlite.train import TrainConfig
+
+OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "weights.json"
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+TRAIN = TrainConfig(batch_size=16, warmup=5, lr=0.004, adamw_lr=4e-4)  # a fifth of what a fresh model takes
+
+
+class Pruning(Teaching):
+    """The teacher, its labels, and the record of what pruning made of it."""
+
+    def __init__(self, steps: int, out: Path):
+        super().__init__(replace(TRAIN, steps=steps), "pruned")
+        command = f"python scripts/prune_teacher.py --steps {steps}"
+        self.recorded = RecordedRuns(out, command=command, train=asdict(self.config), whole=self.loss(self.teacher))
+
+    def run(
+        self, name: str, mask_of: Callable[[Tensor], Tensor], before_step: Callable[[GPT, int], None] | None = None
+    ) -> None:
+        """Mask a copy of the teacher, train it on, and record its loss before and after, now or before."""
+
+        def do() -> dict:
+            model = prune_weights(copy.deepcopy(self.teacher), mask_of)
+            at_once = self.loss(model)
+            log = self.train(model, name, Distillation(), self.store.sample, before_step=before_step)
+            zeros = [(linear.weight == 0).float().mean().item() for linear in _linears(bake_masks(model))]
+            found = {"zeros": sum(zeros) / len(zeros), "before_training": at_once, "curve": log["val_loss"]}
+            return {**found, "val_loss": self.loss(model), "seconds": log["seconds"]}
+
+        print(f"{name}: {self.recorded.run(name, do)['val_loss']:.4f} nats a character", flush=True)
+
+
+def _linears(model: GPT) -> list:
+    return [m for block in model.h for part in (block.attn, block.mlp) for m in part.children()]
+
+
+def main() -> None:
+    """Do what is not recorded yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    pruning = Pruning(args.steps, args.out)
+    pruning.run("none", partial(magnitude_mask, sparsity=0.0))  # what training on is worth by itself
+    pruning.run("2 of 4, at once", two_of_four_mask)
+    for sparsity in SPARSITIES:
+        pruning.run(f"{sparsity:.0%}, at once", partial(magnitude_mask, sparsity=sparsity))
+        gradually = gradual_pruning(sparsity, 2 * args.steps // 3)
+        pruning.run(f"{sparsity:.0%}, gradually", partial(magnitude_mask, sparsity=0.0), gradually)
+
+
+if __name__ == "__main__":
+    main()
