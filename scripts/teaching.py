@@ -42,14 +42,14 @@ class Teaching:
         loss_fn: Callable,
         sample: Callable,
         seed: int = 0,
-        steps: int | None = None,
+        config: TrainConfig | None = None,
         **others: Any,
     ) -> dict[str, Any]:
         """Train a model in place; its log. A run that has been finished is read from where it was kept.
 
         `others` are options of the training loop.
         """
-        config = replace(self.config, seed=seed, steps=steps or self.config.steps)
+        config = replace(config or self.config, seed=seed)
         options = {"state_path": self.state(name, config.steps), "recipe": {"name": name}, "eval_every": EVERY}
         options |= {"loss_fn": loss_fn, "sample": sample, "compile": bool(shutil.which("c++"))}
         return train(model, self.corpus, config, **options | others)

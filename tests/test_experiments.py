@@ -52,8 +52,11 @@ def test_the_students(experiment, monkeypatch):
             pair = [runs[f"{size}, {kind}, seed {seed}"] for kind in ("baseline", "distilled")]
             assert pair[0]["parameters"] == pair[1]["parameters"] and pair[0]["val_loss"] != pair[1]["val_loss"]
             assert [step for step, _ in pair[0]["curve"]] == [2, 4] and pair[0]["steps"] == pair[1]["steps"] == 5
-            assert runs[f"{size}, distilled in half the steps, seed {seed}"]["steps"] == 2
+            assert runs[f"{size}, distilled in 3/4 of the steps, seed {seed}"]["steps"] == 3
     assert runs["small, distilled, seed 0"]["val_loss"] == runs["sweep, KL, T 1, alpha 0.9"]["val_loss"]
+    assert len({runs[n]["val_loss"] for n in runs if n.startswith("small, baseline") and n.endswith("seed 0")}) == 4
+    longer = [runs[f"small, {kind} in 4 times the steps, seed 0"] for kind in ("baseline", "distilled")]
+    assert [r["steps"] for r in longer] == [20, 20] and longer[0]["val_loss"] != longer[1]["val_loss"]
     assert {n for n in runs if "iterated" in n} == {"middle, iterated, seed 0", "small, iterated, seed 0"}
     taught = [runs[f"small, {n}, seed 0"]["val_loss"] for n in ("one teacher of large", "three teachers of large")]
     taught += [runs[f"small, {n}, seed 0"]["val_loss"] for n in ("two that learn together", "hidden states")]
