@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from recorded_runs import RecordedRuns
-from teaching import Teaching
+from teaching import TRAIN, Teaching
 from torch import Tensor, nn
 
 from gptlite.distillation import (
@@ -41,8 +41,7 @@ SWEEP = {  # temperature, alpha, divergence
     "reverse KL, T 1, alpha 0.9": (1, 0.9, reverse_kl),
     "MSE, alpha 0.9": (1, 0.9, logit_mse),
 }
-TRAIN = TrainConfig(batch_size=8, warmup=30, lr=0.03, adamw_lr=0.01)
-RATES = ((0.015, 0.005), (0.06, 0.02))  # of the blocks' matrices and of the rest: half and twice those
+RATES = ((0.015, 0.005), (0.06, 0.02))  # of the blocks' matrices and of the rest: half and twice what all others have
 K = 8  # of the top-k labels
 HIDDEN = (0, 2)  # the student's layer that learns to guess a layer of the teacher: each the middle one
 

@@ -1,6 +1,6 @@
 """Halve the teacher in five ways, three seeds each, on the same number of characters, and record what each way loses.
 
-python scripts/halve_teacher.py [--steps 600] [--out assets/results/pruning/halves.json]
+python scripts/halve_teacher.py [--steps 1200] [--out assets/results/pruning/halves.json]
 
 Half is half the layers, half the heads and half the width. Trained on the text alone; distilled from the teacher;
 distilled step by step, each model the next one's teacher, through scales 0.9 ... 0.5; and cut out of the teacher by
@@ -15,18 +15,17 @@ from pathlib import Path
 
 import torch
 from recorded_runs import RecordedRuns
-from teaching import Teaching
+from teaching import TRAIN, Teaching
 
 from gptlite.corpus import sample_batch
 from gptlite.distillation import Distillation
 from gptlite.model import GPT
 from gptlite.pruning_structure import gradient_importance, most_important, scaled_config, shrink
-from gptlite.train import TrainConfig, evaluate
+from gptlite.train import evaluate
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "halves.json"
 SCALES = (0.9, 0.8, 0.7, 0.6, 0.5)
 SEEDS = (0, 1, 2)
-TRAIN = TrainConfig(batch_size=16, warmup=20)
 ALPHA, TEMPERATURE = 0.9, 1.0
 CALIBRATION = 8  # batches of 16 windows, for importance
 
@@ -85,7 +84,7 @@ class Halving(Teaching):
 def main() -> None:
     """Do what is not recorded yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     halving = Halving(args.steps, args.out)

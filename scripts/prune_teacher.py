@@ -1,6 +1,6 @@
 """Prune the teacher's weights at once and gradually, train on under the masks, and record what each loses.
 
-python scripts/prune_teacher.py [--steps 120] [--out assets/results/pruning/weights.json]
+python scripts/prune_teacher.py [--steps 240] [--out assets/results/pruning/weights.json]
 
 Each share of zeros is reached at once, before the first step, or over the first two thirds of the steps; two of each
 four at once. All see the same batches, with the unpruned teacher's labels. Runs that are recorded already under the
@@ -15,24 +15,23 @@ from functools import partial
 from pathlib import Path
 
 from recorded_runs import RecordedRuns
-from teaching import Teaching
+from teaching import TRAIN, Teaching
 from torch import Tensor
 
 from gptlite.distillation import Distillation
 from gptlite.model import GPT
 from gptlite.pruning import bake_masks, gradual_pruning, magnitude_mask, prune_weights, two_of_four_mask
-from gptlite.train import TrainConfig
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "weights.json"
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
-TRAIN = TrainConfig(batch_size=16, warmup=5, lr=0.004, adamw_lr=4e-4)  # a fifth of what a fresh model takes
+GENTLE = replace(TRAIN, warmup=5, lr=TRAIN.lr / 5, adamw_lr=TRAIN.adamw_lr / 5)  # for a model that has learned already
 
 
 class Pruning(Teaching):
     """The teacher, its labels, and the record of what pruning made of it."""
 
     def __init__(self, steps: int, out: Path):
-        super().__init__(replace(TRAIN, steps=steps), "pruned")
+        super().__init__(replace(GENTLE, steps=steps), "pruned")
         command = f"python scripts/prune_teacher.py --steps {steps}"
         self.recorded = RecordedRuns(out, command=command, train=asdict(self.config), whole=self.loss(self.teacher))
 
@@ -59,7 +58,7 @@ def _linears(model: GPT) -> list:
 def main() -> None:
     """Do what is not recorded yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     pruning = Pruning(args.steps, args.out)

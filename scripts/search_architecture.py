@@ -1,6 +1,6 @@
 """Search for the shape of the best student that decodes within a budget, and record every shape that was tried.
 
-python scripts/search_architecture.py [--trials 48] [--steps 100] [--budget 0.4] [--out PATH]
+python scripts/search_architecture.py [--trials 48] [--steps 200] [--budget 0.4] [--out PATH]
 
 A shape's latency is the time of one more token, eager, at batch 1 and with a cache, over the teacher's in the same
 turns. What is within the budget is taught briefly by the teacher's labels, and so are the hand-made students. Shapes
@@ -15,16 +15,14 @@ import optuna
 import torch
 from distill_students import SIZES
 from recorded_runs import RecordedRuns
-from teaching import Teaching
+from teaching import TRAIN, Teaching
 
 from gptlite.architecture_search import Tried, pareto_front, search
 from gptlite.bench import measure_decoding, ratio
 from gptlite.distillation import Distillation
 from gptlite.model import GPT, GPTConfig
-from gptlite.train import TrainConfig
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "search.json"
-TRAIN = TrainConfig(batch_size=16, warmup=10)
 CONTEXT, NEW = 64, 16  # tokens of the past, and timed tokens
 
 
@@ -70,7 +68,7 @@ def main() -> None:
     """Try what is not recorded yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--budget", type=float, default=0.4, help="of the teacher's time")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()

@@ -16,6 +16,7 @@ from gptlite.model import GPT
 from gptlite.train import TrainConfig, evaluate, train
 
 EVERY = 50  # steps between two looks at the held-out text
+TRAIN = TrainConfig(batch_size=8, warmup=30, lr=0.03, adamw_lr=0.01)  # good for small models that learn from the text
 
 
 class Teaching:
