@@ -7,6 +7,7 @@ for no reason of the code's own (timestamps, widget states, versions of the kern
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ def execute(notebook: NotebookNode, folder: Path, timeout: float = 900, progress
         on_cell_executed=on_executed,
     )
     try:
-        client.execute()
+        client.execute(env={**os.environ, "TQDM_DISABLE": "1"})  # a stored progress bar is noise
     except CellExecutionError as error:
         raise CellError(f"{_where(notebook, running)} raised {error.ename}: {error.evalue}.", str(error)) from None
     except CellTimeoutError:

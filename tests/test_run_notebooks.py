@@ -31,6 +31,14 @@ def test_outputs_counts_and_folder(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_no_progress_bar_is_stored(tmp_path):
+    code = "from tqdm import tqdm\nfor i in tqdm(range(3)):\n    pass\nprint(i)"
+    path = write(tmp_path / "t.ipynb", code)
+    run_notebooks.run(path, progress=quiet)
+    (output,) = notebook_files.read(path).cells[1].outputs
+    assert (output.name, output.text) == ("stdout", "2\n")
+
+
 def test_two_runs_give_the_same_bytes_and_no_noise(tmp_path):
     code = """\
 import sys
