@@ -147,7 +147,6 @@ class LabelStore(torch.utils.data.Dataset):
             raise ValueError(f"the labels at {path} end at window {about['done']} of {self.n}; write_labels goes on.")
         self.path, self.tokens, self.nbytes = path, corpus.train, label_bytes(self.n, self.T, self.V, self.k)
         _check_size(path / "labels.bin", self.nbytes)
-        self.usual = frequencies(corpus.train, self.V)
         self._opened: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -176,7 +175,7 @@ class LabelStore(torch.utils.data.Dataset):
         records = self.records[i.numpy()]
         log_p = torch.from_numpy(records["log_p"].astype(np.float32))
         if self.k is not None:
-            log_p = spread_rest(log_p, torch.from_numpy(records["token"].astype(np.int64)), self.usual)
+            log_p = spread_rest(log_p, torch.from_numpy(records["token"].astype(np.int64)), self.V)
         return rows[:, :-1], rows[:, 1:], log_p
 
     def sample(self, tokens: Tensor, T: int, B: int, step: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,18 +185,9 @@ class LabelStore(torch.utils.data.Dataset):
         return self.batch(draw_windows(self.n, T, B, step, seed)[0])
 
 
-def spread_rest(log_p: Tensor, token: Tensor, usual: Tensor) -> Tensor:
-    """Log-probabilities (..., V) from those of k tokens (..., k): all others share what is left of one.
-
-    They share it in the proportions of `usual` (V,), probabilities of which every one is above zero.
-    """
+def spread_rest(log_p: Tensor, token: Tensor, V: int) -> Tensor:
+    """Log-probabilities (..., V) from those of k tokens (..., k): what is left of one is shared by all others alike."""
+    k = log_p.shape[-1]
     rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-6)  # (..., 1)
-    others = (1 - usual[token].sum(-1, keepdim=True)).clamp(min=1e-6)  # (..., 1): what they have in `usual`
-    spread = (usual.log() + (rest / others).log()).clamp(min=LEAST)  # (..., V)
-    return spread.scatter(-1, token, log_p)
-
-
-def frequencies(tokens: Tensor, V: int) -> Tensor:
-    """How often each of V tokens comes in a text, as probabilities (V,); one that never comes counts once."""
-    counts = torch.bincount(tokens.long(), minlength=V).float().clamp(min=1)
-    return counts / counts.sum()
+    others = (rest / max(V - k, 1)).log().clamp(min=LEAST)
+    return others.expand(*log_p.shape[:-1], V).scatter(-1, token, log_p)

@@ -92,7 +92,7 @@ class Students(Teaching):
     def top_k(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """A batch with what a store of the K likeliest tokens would give, from the one of all."""
         x, y, log_p = self.store.sample(*arguments)
-        return x, y, spread_rest(*log_p.topk(K), self.store.usual)
+        return x, y, spread_rest(*log_p.topk(K), log_p.shape[-1])
 
 
 def matching_loss(model: HiddenMatching, x: Tensor, y: Tensor) -> Tensor:
