@@ -60,8 +60,8 @@ def write_labels(
 ) -> "LabelStore | None":
     """Ask the teacher about the first n windows of the training text (default: all) and keep its answers at `path`.
 
-    Interrupted, it goes on where it was; a store of another teacher, text or kind is refused. `stop_after` ends early
-    at that window, as a kill would, and returns None.
+    Interrupted, it goes on where it was; a store of another teacher, text or kind is refused. `stop_after` ends at
+    the first batch that reaches this window, as a kill would, and returns None.
     """
     V, device = len(corpus.tokenizer), next(teacher.parameters()).device
     dtype, whole = record_dtype(V, k), (len(corpus.train) - 1) // T
@@ -182,6 +182,8 @@ class LabelStore(torch.utils.data.Dataset):
         """`sample_batch` with the teacher's answers, for the training loop; each pass takes every window once."""
         if T != self.T:
             raise ValueError(f"the labels are for windows of {self.T} tokens, but {T} are asked for.")
+        if tokens is not self.tokens and not torch.equal(tokens, self.tokens):
+            raise ValueError("the labels are of another text than the one to train on; write them anew.")
         return self.batch(draw_windows(self.n, T, B, step, seed)[0])
 
 

@@ -1,5 +1,6 @@
 """What experiments with the teacher share: its labels, and one way to train from them that goes on where it was."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +35,7 @@ class Teaching:
 
     def state(self, name: str, steps: int) -> Path:
         """Where a run of this name is kept."""
-        return self.folder / f"{name.replace(' ', '_').replace(',', '')}-{steps}.state"
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}-{steps}.state"
 
     def train(
         self,
