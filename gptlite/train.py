@@ -248,7 +248,8 @@ def train(
     log, chief = run.log, run.rank == 0
     first, before, started = len(log["train_loss"]), log["seconds"], time.perf_counter()
     steps = range(first, config.steps if stop_after is None else min(config.steps, stop_after))
-    bar = tqdm(steps, initial=first, total=config.steps, disable=not chief, desc="training", unit="step", mininterval=1)
+    shown = {} if chief else {"disable": True}  # what is not said here, TQDM_DISABLE decides
+    bar = tqdm(steps, initial=first, total=config.steps, desc="training", unit="step", mininterval=1, **shown)
     model.train()
     for step in bar:
         run.step()
