@@ -58,7 +58,8 @@ class Halving(Teaching):
 
     def in_steps(self, seed: int) -> dict:
         """Each scale's model from fresh weights, taught by the one before, for an equal share of the steps."""
-        share, stages, before, sample = self.config.steps // len(SCALES), [], None, self.store.sample
+        share = replace(self.config, steps=self.config.steps // len(SCALES))
+        stages, before, sample = [], None, self.store.sample
         for scale in SCALES:
             torch.manual_seed(seed)
             model = GPT(scaled_config(self.teacher.config, scale))

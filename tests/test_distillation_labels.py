@@ -251,6 +251,8 @@ def test_bad_numbers(tmp_path, corpus, teacher, store):
             ValueError, match=f"labels of {n} windows are asked for, but the text has from 1 to {whole}"
         ):
             write_labels(tmp_path, teacher, corpus, T, n=n)
+    with pytest.raises(ValueError, match="the labels are of another text than the one to train on"):
+        store.sample(corpus.val, T, 2, 0)
     with pytest.raises(ValueError, match=f"for windows of {T} tokens, but 4 are asked for"):
         store.sample(corpus.train, 4, 2, 0)
     for i in (-1, len(store)):
