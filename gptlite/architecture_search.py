@@ -42,13 +42,11 @@ def suggest_config(trial: "optuna.trial.BaseTrial", like: GPTConfig) -> GPTConfi
     )
 
 
-def search(
-    like: GPTConfig, attempt: Callable[[int, GPTConfig], Tried], trials: int, seed: int = 0, first: Sequence[dict] = ()
-) -> list[Tried]:
+def search(like: GPTConfig, attempt: Callable[[int, GPTConfig], Tried], trials: int, seed: int = 0) -> list[Tried]:
     """What became of each of `trials` shapes, in order; `attempt(i, config)` measures one and trains it if it may.
 
     What was too slow counts as worse than all that was not. The choices follow from the seed and the results alone: a
-    search whose attempts are kept can be repeated without any of them. `first` are choices to begin with.
+    search whose attempts are kept can be repeated without any of them.
     """
     try:
         import optuna
@@ -57,8 +55,6 @@ def search(
     if trials < 1:
         raise ValueError(f"trials is {trials}, but must be at least 1.")
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    for choices in first:
-        study.enqueue_trial(choices)
     found = []
     for i in range(trials):
         trial = study.ask()

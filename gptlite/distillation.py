@@ -19,23 +19,24 @@ Divergence = Callable[[Tensor, Tensor, float], Tensor]  # (student's logits, tea
 
 
 def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student) in nats: the student must give probability wherever the teacher does."""
-    return _kl(teacher, student, temperature)
+    """`kl` of the student from the teacher: the student must give probability wherever the teacher does."""
+    return kl(teacher, student, temperature)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(student || teacher) in nats: the student must give none where the teacher gives none."""
-    return _kl(student, teacher, temperature)
+    """`kl` of the teacher from the student: the student must give none where the teacher gives none."""
+    return kl(student, teacher, temperature)
 
 
-def _kl(p: Tensor, q: Tensor, temperature: float) -> Tensor:
+def kl(p: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q) of two sides' logits, both over the temperature, times its square; in nats, the mean of positions."""
     _check(p, q, temperature)
     log_p, log_q = ((z.float() / temperature).log_softmax(-1) for z in (p, q))
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 def logit_mse(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Half the mean square of the difference of logits, each side's mean taken off: what T^2 KL is as T grows.
+    """Half the mean square difference of logits, without each side's mean: the limit of `kl` at high temperatures.
 
     It has no temperature of its own (Kim et al., 2021, compare the two).
     """

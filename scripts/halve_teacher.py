@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 from recorded_runs import RecordedRuns
-from teaching import TRAIN, Teaching
+from teaching import TAUGHT, TRAIN, Teaching
 
 from gptlite.corpus import sample_batch
-from gptlite.distillation import Distillation
 from gptlite.model import GPT
 from gptlite.pruning_structure import gradient_importance, most_important, scaled_config, shrink
 from gptlite.train import evaluate
@@ -26,7 +25,6 @@ from gptlite.train import evaluate
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "halves.json"
 SCALES = (0.9, 0.8, 0.7, 0.6, 0.5)
 SEEDS = (0, 1, 2)
-ALPHA, TEMPERATURE = 0.9, 1.0
 CALIBRATION = 8  # batches of 16 windows, for importance
 
 
@@ -37,12 +35,12 @@ class Halving(Teaching):
         super().__init__(replace(TRAIN, steps=steps), "halves")
         self.half = scaled_config(self.teacher.config, SCALES[-1])
         command = f"python scripts/halve_teacher.py --steps {steps}"
-        facts = {"train": asdict(self.config), "scales": SCALES, "alpha": ALPHA, "temperature": TEMPERATURE}
+        facts = {"train": asdict(self.config), "scales": SCALES, "alpha": TAUGHT.alpha}
         self.recorded = RecordedRuns(out, command=command, **facts)
 
     def taught(self, model: GPT, name: str, seed: int, alpha: float) -> dict:
         """Train a model by the labels, and what is recorded of it."""
-        log = self.train(model, name, Distillation(None, TEMPERATURE, alpha), self.store.sample, seed)
+        log = self.train(model, name, replace(TAUGHT, alpha=alpha), self.store.sample, seed)
         return self.measured(model, log)
 
     def measured(self, model: GPT, log: dict) -> dict:
@@ -63,7 +61,7 @@ class Halving(Teaching):
         for scale in SCALES:
             torch.manual_seed(seed)
             model = GPT(scaled_config(self.teacher.config, scale))
-            loss = Distillation(before, TEMPERATURE, ALPHA)
+            loss = replace(TAUGHT, teacher=before)
             log = self.train(model, f"in steps, {scale}, seed {seed}", loss, sample, seed, share)
             stages.append({"scale": scale, **self.measured(model, log)})
             before, sample = model.eval(), self.unlabelled
@@ -78,7 +76,9 @@ class Halving(Teaching):
         neurons = most_important(found.neurons, self.teacher.config.hidden // 2)
         model = shrink(self.teacher, layers, heads, neurons)
         at_once = evaluate(model, self.corpus.val[: 64 * self.T + 1], self.T)
-        made = self.taught(model, f"cut, {'taught' if teach else 'alone'}, seed {seed}", seed, ALPHA if teach else 0.0)
+        made = self.taught(
+            model, f"cut, {'taught' if teach else 'alone'}, seed {seed}", seed, TAUGHT.alpha if teach else 0.0
+        )
         return {**made, "layers": layers.tolist(), "before_training": at_once}
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     for seed in SEEDS:
         ways: dict[str, Callable[[], dict]] = {
             "text alone": lambda seed=seed: halving.direct(seed, 0.0),
-            "distilled": lambda seed=seed: halving.direct(seed, ALPHA),
+            "distilled": lambda seed=seed: halving.direct(seed, TAUGHT.alpha),
             "in steps": lambda seed=seed: halving.in_steps(seed),
             "cut, taught": lambda seed=seed: halving.cut(seed, True),
             "cut, text alone": lambda seed=seed: halving.cut(seed, False),

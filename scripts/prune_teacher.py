@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 
 from recorded_runs import RecordedRuns
-from teaching import TRAIN, Teaching
+from teaching import TAUGHT, TRAIN, Teaching
 from torch import Tensor
 
-from gptlite.distillation import Distillation
 from gptlite.model import GPT
 from gptlite.pruning import bake_masks, gradual_pruning, magnitude_mask, prune_weights, two_of_four_mask
 
@@ -43,7 +42,7 @@ class Pruning(Teaching):
         def do() -> dict:
             model = prune_weights(copy.deepcopy(self.teacher), mask_of)
             at_once = self.loss(model)
-            log = self.train(model, name, Distillation(), self.store.sample, before_step=before_step)
+            log = self.train(model, name, TAUGHT, self.store.sample, before_step=before_step)
             zeros = [(linear.weight == 0).float().mean().item() for linear in _linears(bake_masks(model))]
             found = {"zeros": sum(zeros) / len(zeros), "before_training": at_once, "curve": log["val_loss"]}
             return {**found, "val_loss": self.loss(model), "seconds": log["seconds"]}

@@ -15,11 +15,10 @@ import optuna
 import torch
 from distill_students import SIZES
 from recorded_runs import RecordedRuns
-from teaching import TRAIN, Teaching
+from teaching import TAUGHT, TRAIN, Teaching
 
 from gptlite.architecture_search import Tried, pareto_front, search
 from gptlite.bench import measure_decoding, ratio
-from gptlite.distillation import Distillation
 from gptlite.model import GPT, GPTConfig
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "search.json"
@@ -45,7 +44,7 @@ class Search(Teaching):
             relative = ratio(times["it"], times["teacher"])
             loss = None
             if relative.median <= self.budget:
-                self.train(model.train(), f"{name} {self.shape(config)}", Distillation(), self.store.sample)
+                self.train(model.train(), f"{name} {self.shape(config)}", TAUGHT, self.store.sample)
                 loss = self.loss(model)
             found = {"parameters": model.n_params(), "latency": [relative.median, relative.low, relative.high]}
             return {"config": asdict(config), **found, "val_loss": loss}

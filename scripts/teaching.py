@@ -12,12 +12,14 @@ from torch import nn
 
 from gptlite.checkpoints import load_pretrained
 from gptlite.corpus import cache_folder, load_corpus
+from gptlite.distillation import Distillation
 from gptlite.distillation_labels import write_labels
 from gptlite.model import GPT
 from gptlite.train import TrainConfig, evaluate, train
 
 EVERY = 50  # steps between two looks at the held-out text
 TRAIN = TrainConfig(batch_size=8, warmup=30, lr=0.03, adamw_lr=0.01)  # good for small models that learn from the text
+TAUGHT = Distillation(alpha=0.9)  # the best of what scripts/distill_students.py has swept
 
 
 class Teaching:

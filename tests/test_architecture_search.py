@@ -59,12 +59,6 @@ def test_the_same_results_lead_to_the_same_shapes():
     assert [t.config for t in search(LIKE, attempt, 25, seed=4)] != kept
 
 
-def test_it_begins_where_it_is_told():
-    choices = {"layers": 5, "heads": 8, "head size": 16, "queries of a KV head": 2, "MLP ratio": 4}
-    first = search(LIKE, attempt, 2, first=[choices])[0].config
-    assert (first.n_layer, first.n_head, first.n_embd, first.kv_heads, first.hidden) == (5, 8, 128, 4, 512)
-
-
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
 def test_the_front_is_what_no_other_beats(points):
     front = pareto_front(points)
