@@ -20,7 +20,6 @@ from teaching import TAUGHT, TRAIN, Teaching
 from gptlite.corpus import sample_batch
 from gptlite.model import GPT
 from gptlite.pruning_structure import gradient_importance, most_important, scaled_config, shrink
-from gptlite.train import evaluate
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "halves.json"
 SCALES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -75,7 +74,7 @@ class Halving(Teaching):
         heads = most_important(found.heads, self.half.n_head)
         neurons = most_important(found.neurons, self.teacher.config.hidden // 2)
         model = shrink(self.teacher, layers, heads, neurons)
-        at_once = evaluate(model, self.corpus.val[: 64 * self.T + 1], self.T)
+        at_once = self.glimpse(model)
         made = self.taught(
             model, f"cut, {'taught' if teach else 'alone'}, seed {seed}", seed, TAUGHT.alpha if teach else 0.0
         )

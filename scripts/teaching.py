@@ -58,6 +58,10 @@ class Teaching:
         options |= {"loss_fn": loss_fn, "sample": sample, "compile": bool(shutil.which("c++"))}
         return train(model, self.corpus, config, **options | others)
 
+    def glimpse(self, model: GPT) -> float:
+        """Over the first 64 windows of the held-out plays, as the curves of a run."""
+        return evaluate(model, self.corpus.val[: 64 * self.T + 1], self.T)
+
     def loss(self, model: GPT) -> float:
         """Over all held-out plays, in nats a character."""
         return evaluate(model, self.corpus.val, self.T)
