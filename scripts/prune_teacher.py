@@ -1,6 +1,6 @@
 """Prune the teacher's weights at once and gradually, train on under the masks, and record what each loses.
 
-python scripts/prune_teacher.py [--steps 240] [--out assets/results/pruning/weights.json]
+python scripts/prune_teacher.py [--steps 120] [--out assets/results/pruning/weights.json]
 
 Each share of zeros is reached at once, before the first step, or over the first two thirds of the steps; two of each
 four at once. All see the same batches, with the unpruned teacher's labels. Runs that are recorded already under the
@@ -57,7 +57,7 @@ def _linears(model: GPT) -> list:
 def main() -> None:
     """Do what is not recorded yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     pruning = Pruning(args.steps, args.out)
