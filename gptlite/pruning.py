@@ -1,6 +1,5 @@
-"""Pruning single weights: masks by magnitude that training cannot undo, and storage that leaves the zeros out."""
+"""Pruning single weights: masks by magnitude, at once or gradually, that training cannot undo."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -91,26 +90,3 @@ def gradual_pruning(final: float, steps: int, every: int = 5) -> Callable[[GPT, 
             prune_weights(model, partial(magnitude_mask, sparsity=sparsity_at(step, steps, final)))
 
     return before_step
-
-
-class SparseLinear(nn.Module):
-    """A Linear whose weight is stored as its nonzero numbers and their places (CSR)."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.bias = linear.bias
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            sparse = linear.weight.detach().to_sparse_csr()
-            parts = (sparse.crow_indices().int(), sparse.col_indices().int(), sparse.values())
-            self.weight = torch.sparse_csr_tensor(*parts, size=tuple(sparse.shape), check_invariants=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)  # (B T, in)
-        y = (self.weight @ rows.T).T.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the numbers, their columns, and where each row begins."""
-        return sum(t.nbytes for t in (self.weight.values(), self.weight.col_indices(), self.weight.crow_indices()))

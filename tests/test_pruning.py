@@ -14,7 +14,6 @@ from sums import SHAPE, new_model
 from gptlite.checkpoints import load, save
 from gptlite.pruning import (
     MaskedLinear,
-    SparseLinear,
     bake_masks,
     gradual_pruning,
     magnitude_mask,
@@ -155,17 +154,6 @@ def test_gradually_step_by_step_and_across_an_interruption(tmp_path, corpus):
 
 
 # Storage
-
-
-@given(st.integers(1, 6), st.integers(1, 8), st.floats(0, 1), st.booleans(), st.integers(0, 50))
-def test_the_sparse_twin_computes_the_same(N, K, sparsity, bias, seed):
-    linear = nn.Linear(K, N, bias)
-    linear.weight.data = random(N, K, seed=seed)
-    linear.weight.data *= magnitude_mask(linear.weight, sparsity)
-    x = random(2, 3, K, seed=seed + 1)
-    sparse = SparseLinear(linear)
-    torch.testing.assert_close(sparse(x), linear(x), atol=1e-5, rtol=1e-5)
-    assert sparse.nbytes == 8 * int((linear.weight != 0).sum()) + 4 * (N + 1)
 
 
 def test_zeros_alone_save_nothing():
