@@ -2,15 +2,16 @@
 
 python scripts/halve_teacher.py [--steps 1200] [--out assets/results/pruning/halves.json]
 
-Half is half the layers, half the heads and half the width. Trained on the text alone; distilled from the teacher;
-distilled step by step, each model the next one's teacher, through scales 0.9 ... 0.5; and cut out of the teacher by
-importance (its width stays), then trained on, with the teacher and without. All see the same number of characters, the
-steps together. Hours on two cores; runs that are recorded already under the same command are kept.
+Half is half the layers, half the heads and half the width, whichever way. Trained on the text alone; distilled from the
+teacher; distilled step by step, each model the next one's teacher, through scales 0.9 ... 0.5, each from fresh weights;
+and cut out of the teacher, then trained on with the teacher and without. All see the same windows in the same order;
+the steps share them. Hours on two cores; runs that are recorded already under the same command are kept.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,12 +20,13 @@ from teaching import TAUGHT, TRAIN, Teaching
 
 from gptlite.corpus import sample_batch
 from gptlite.model import GPT
-from gptlite.pruning_structure import gradient_importance, most_important, scaled_config, shrink
+from gptlite.pruning_structure import gradient_importance, greedy_layers, most_important, scaled_config, shrink
+from gptlite.train import next_token_loss
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "halves.json"
 SCALES = (0.9, 0.8, 0.7, 0.6, 0.5)
 SEEDS = (0, 1, 2)
-CALIBRATION = 8  # batches of 16 windows, for importance
+CALIBRATION = 64  # batches of two windows of the text, to choose by
 
 
 class Halving(Teaching):
@@ -45,8 +47,8 @@ class Halving(Teaching):
     def measured(self, model: GPT, log: dict) -> dict:
         """What is recorded of a finished model."""
         shape = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "hidden")}
-        found = {"parameters": model.n_params(), "val_loss": self.loss(model), "curve": log["val_loss"]}
-        return {**shape, **found}
+        curve = [*log["val_loss"], [len(log["train_loss"]), self.glimpse(model)]]
+        return {**shape, "parameters": model.n_params(), "val_loss": self.loss(model), "curve": curve}
 
     def direct(self, seed: int, alpha: float) -> dict:
         """Half the size from fresh weights, by the text alone (alpha 0) or by the teacher."""
@@ -57,28 +59,39 @@ class Halving(Teaching):
         """Each scale's model from fresh weights, taught by the one before, for an equal share of the steps."""
         share = replace(self.config, steps=self.config.steps // len(SCALES))
         stages, before, sample = [], None, self.store.sample
-        for scale in SCALES:
+        for i, scale in enumerate(SCALES):
             torch.manual_seed(seed)
             model = GPT(scaled_config(self.teacher.config, scale))
-            loss = replace(TAUGHT, teacher=before)
-            log = self.train(model, f"in steps, {scale}, seed {seed}", loss, sample, seed, share)
+            loss, mine = replace(TAUGHT, teacher=before), partial(_later, sample, i * share.steps)
+            log = self.train(model, f"in steps, {scale}, seed {seed}", loss, mine, seed, share)
             stages.append({"scale": scale, **self.measured(model, log)})
             before, sample = model.eval(), self.unlabelled
         return {**stages[-1], "stages": stages}
 
     def cut(self, seed: int, teach: bool) -> dict:
-        """The most important half of the teacher's layers, heads and neurons, trained on."""
-        batches = [sample_batch(self.corpus.train, self.T, 16, step, seed) for step in range(CALIBRATION)]
-        found = gradient_importance(self.teacher, batches)
-        layers = most_important(found.layers, self.half.n_layer)
-        heads = most_important(found.heads, self.half.n_head)
-        neurons = most_important(found.neurons, self.teacher.config.hidden // 2)
-        model = shrink(self.teacher, layers, heads, neurons)
+        """What the teacher can spare least of its layers, and then of its heads, neurons and channels, trained on."""
+        c = self.half
+        batches = [sample_batch(self.corpus.train, self.T, 2, step, seed) for step in range(CALIBRATION)]
+
+        @torch.no_grad()
+        def loss(model: GPT) -> float:
+            return sum(next_token_loss(model, *batch).item() for batch in batches[: CALIBRATION // 4])
+
+        layers = greedy_layers(self.teacher, c.n_layer, loss)
+        model = shrink(self.teacher, layers)
+        found = gradient_importance(model, batches)
+        heads, neurons = most_important(found.heads, c.n_head), most_important(found.neurons, c.hidden)
+        model = shrink(model, None, heads, neurons, most_important(found.channels, c.n_embd))
         at_once = self.glimpse(model)
         made = self.taught(
             model, f"cut, {'taught' if teach else 'alone'}, seed {seed}", seed, TAUGHT.alpha if teach else 0.0
         )
         return {**made, "layers": layers.tolist(), "before_training": at_once}
+
+
+def _later(sample: Callable, before: int, tokens: torch.Tensor, T: int, B: int, step: int, seed: int) -> tuple:
+    """What is sampled after so many steps."""
+    return sample(tokens, T, B, before + step, seed)
 
 
 def main() -> None:

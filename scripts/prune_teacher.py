@@ -44,8 +44,8 @@ class Pruning(Teaching):
             at_once = self.glimpse(model)
             log = self.train(model, name, TAUGHT, self.store.sample, before_step=before_step)
             zeros = [(linear.weight == 0).float().mean().item() for linear in _linears(bake_masks(model))]
-            found = {"zeros": sum(zeros) / len(zeros), "curve": [[0, at_once], *log["val_loss"]]}
-            return {**found, "val_loss": self.loss(model), "seconds": log["seconds"]}
+            curve = [[0, at_once], *log["val_loss"], [len(log["train_loss"]), self.glimpse(model)]]
+            return {"zeros": sum(zeros) / len(zeros), "curve": curve, "val_loss": self.loss(model), "seconds": log["seconds"]}
 
         print(f"{name}: {self.recorded.run(name, do)['val_loss']:.4f} nats a character", flush=True)
 

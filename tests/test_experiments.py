@@ -71,8 +71,7 @@ def test_the_halves(experiment, monkeypatch):
         runs = {n.rpartition(",")[0]: r for n, r in record["runs"].items() if n.endswith(f"seed {seed}")}
         assert set(runs) == {"text alone", "distilled", "in steps", "cut, taught", "cut, text alone"}
         shapes = {n: (r["n_layer"], r["n_head"], r["n_embd"], r["hidden"]) for n, r in runs.items()}
-        assert shapes["text alone"] == shapes["distilled"] == shapes["in steps"] == (2, 2, 8, 32)
-        assert shapes["cut, taught"] == shapes["cut, text alone"] == (2, 2, 16, 32)
+        assert set(shapes.values()) == {(2, 2, 8, 32)}
         assert [stage["scale"] for stage in runs["in steps"]["stages"]] == list(halve_teacher.SCALES)
         assert runs["cut, taught"]["before_training"] == runs["cut, text alone"]["before_training"]
         assert len({r["val_loss"] for r in runs.values()}) == 5

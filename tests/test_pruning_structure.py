@@ -1,10 +1,12 @@
 """The smaller model computes what the larger one does when the parts that went are silenced; importance finds them."""
 
+import copy
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from gptlite.model import GPT, GPTConfig
 from gptlite.pruning_structure import (
     activation_importance,
     gradient_importance,
+    greedy_layers,
     most_important,
     scaled_config,
     shrink,
@@ -113,6 +116,8 @@ def test_parts_that_do_nothing_matter_nothing(by):
         model.h[0].mlp.c_fc.weight[5], model.h[0].mlp.c_fc.bias[5] = 0, 0  # gelu(0) is 0
         for linear in (model.h[2].attn.c_proj, model.h[2].mlp.c_proj):
             linear.weight.zero_(), linear.bias.zero_()
+        for ln in (n for n in model.modules() if isinstance(n, nn.LayerNorm)):
+            ln.weight[3] = ln.bias[3] = 0
     batches = [(tokens(seed), tokens(seed + 50)) for seed in range(3)]
     found = (
         gradient_importance(model, batches)
@@ -120,6 +125,7 @@ def test_parts_that_do_nothing_matter_nothing(by):
         else activation_importance(model, [x for x, _ in batches])
     )
     assert found.heads.shape == (3, 4) and found.neurons.shape == (3, 64) and found.layers.shape == (3,)
+    assert found.channels.shape == (16,) and found.channels[3] == 0 and found.channels[4:].min() > 0
     assert found.heads[1, 1] == 0 and found.neurons[0, 5] == 0 and found.layers[2].abs() < 1e-6
     assert found.heads[0].min() > 0 and found.layers[:2].min() > 1e-5
     assert not any(block._forward_hooks or block.mlp.c_proj._forward_pre_hooks for block in model.h)
@@ -147,6 +153,70 @@ def test_the_gradient_is_what_a_factor_before_the_answer_does_to_the_loss():
             assert mine.item() == pytest.approx(abs(slope), rel=1e-3, abs=1e-8)
 
 
+def test_the_gradient_of_a_channel_is_that_of_all_who_read_it():
+    model, (x, y), h = new_model().double(), (tokens(), tokens(9)), 1e-5
+    found = gradient_importance(model, [(x, y)]).channels
+
+    def loss_with(factor):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for ln in (n for n in other.modules() if isinstance(n, nn.LayerNorm)):
+                ln.weight[5] *= factor
+                ln.bias[5] *= factor
+            return F.cross_entropy(other(x).flatten(0, 1), y.flatten()).item()
+
+    slope = (loss_with(1 + h) - loss_with(1 - h)) / (2 * h)
+    assert found[5].item() == pytest.approx(abs(slope), rel=1e-3, abs=1e-8)
+
+
+class NormOfSome(nn.Module):
+    """A LayerNorm over some of its channels; the others it answers with zero."""
+
+    def __init__(self, ln, some):
+        super().__init__()
+        self.ln, self.some = ln, some
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        weight, bias = self.ln.weight[self.some], self.ln.bias[self.some]
+        y[..., self.some] = F.layer_norm(x[..., self.some], weight.shape, weight, bias, self.ln.eps)
+        return y
+
+
+@given(st.permutations(range(16)), st.integers(1, 16))
+def test_channels_that_go_are_as_if_nobody_read_them(order, n):
+    some, model, idx = torch.tensor(sorted(order[:n])), new_model(), tokens()
+    small = shrink(model, layers=torch.tensor([0, 2]), channels=torch.tensor(order[:n]))
+    wanted = shrink(model, layers=torch.tensor([0, 2]))
+    for block in wanted.h:
+        block.ln_1, block.ln_2 = NormOfSome(block.ln_1, some), NormOfSome(block.ln_2, some)
+    wanted.ln_f = NormOfSome(wanted.ln_f, some)
+    torch.testing.assert_close(small(idx), wanted(idx), atol=1e-4, rtol=1e-4)
+    assert small.config.n_embd == n and small.config.head_dim == 4 and small.lm_head.weight is small.wte.weight
+
+
+def test_layers_go_one_after_another():
+    model, asked = new_model(), []
+    cost = {(0, 1): 3.0, (0, 2): 1.0, (1, 2): 2.0, (0,): 5.0, (2,): 4.0}
+    numbers = {id_of(block): i for i, block in enumerate(model.h)}
+
+    def loss(small):
+        asked.append(tuple(numbers[id_of(block)] for block in small.h))
+        return cost[asked[-1]]
+
+    assert greedy_layers(model, 1, loss).tolist() == [2]
+    assert sorted(asked) == [(0,), (0, 1), (0, 2), (1, 2), (2,)]  # without 1 at first: (1,) is not asked about
+    assert greedy_layers(model, 3, loss).tolist() == [0, 1, 2]
+    for n in (0, 4):
+        with pytest.raises(ValueError, match=f"{n} parts are to stay, but there are 3"):
+            greedy_layers(model, n, loss)
+
+
+def id_of(block):
+    """What tells a block from the others, in a copy as well."""
+    return block.mlp.c_fc.weight[0, 0].item()
+
+
 def test_the_most_important_in_order():
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [4.0, 3.0, 2.0, 1.0]])
     assert most_important(scores, 2).tolist() == [[1, 3], [0, 1]]
@@ -158,18 +228,30 @@ def test_the_most_important_in_order():
 # Scaling
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.floats(0.01, 1), st.sampled_from([None, 1]))
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.floats(0.01, 1), st.sampled_from([None, 1, 2, 3]))
 def test_scaling_keeps_every_divisibility_and_the_context(L, H, D, scale, kv):
-    config = GPTConfig(L, H, H * D, 64, 11, n_kv_head=kv)
+    config = GPTConfig(L, H, H * D, 64, 11, n_kv_head=kv if kv and H % kv == 0 else None)
+    kv = config.n_kv_head
     if round(L * scale) < 1 or round(H * scale) < 1:
         with pytest.raises(ValueError, match=r"a scale of .* leaves \d+ layers and \d+ heads"):
             scaled_config(config, scale)
         return
     small = scaled_config(config, scale)
-    assert small.n_embd == small.n_head * D and small.head_dim == D and small.block_size == 64
+    assert small.n_embd % small.n_head == 0 and small.block_size == 64
     assert small.n_layer == round(L * scale) and small.n_head == round(H * scale)
+    assert abs(small.n_embd - H * D * scale) <= small.n_head / 2 or small.head_dim == 1
+    assert small.n_head % small.kv_heads == 0 and (kv is None or small.kv_heads <= kv)
     GPT(small)
     assert scaled_config(config, 1) == config
+
+
+def test_the_steps_to_one_half_become_smaller_each_time():
+    shapes = [scaled_config(GPTConfig(), scale) for scale in (1, 0.9, 0.8, 0.7, 0.6, 0.5)]
+    widths = [shape.n_embd for shape in shapes]
+    assert widths == sorted(set(widths), reverse=True) and widths[-1] == 192
+    assert all(shape.block_size == 256 for shape in shapes)
+    pruned = replace(SHAPE, head_size=8, n_hidden=20)
+    assert scaled_config(pruned, 0.5).n_hidden == 10 and scaled_config(pruned, 0.5).head_size is None
 
 
 @pytest.mark.parametrize("scale", [0, -1, 1.5, 0.01])
@@ -188,5 +270,7 @@ def test_parts_that_are_not_there():
             shrink(model, heads=heads)
     with pytest.raises(ValueError, match=r"neurons must be different numbers from 0 to 63"):
         shrink(model, neurons=torch.tensor([[64]] * 3))
+    with pytest.raises(ValueError, match=r"channels must be different numbers from 0 to 15"):
+        shrink(model, channels=torch.tensor([3, 3]))
     with pytest.raises(ValueError, match="heads that share 2 KV heads cannot be taken out one by one"):
         shrink(new_model(n_kv_head=2), heads=torch.tensor([[0]] * 3))
