@@ -83,8 +83,11 @@ def test_the_weights(experiment, monkeypatch):
     runs = experiment(prune_teacher, steps=6)["runs"]
     assert runs["none"]["zeros"] < 0.01 and runs["2 of 4, at once"]["zeros"] == pytest.approx(0.5, abs=0.01)
     for share in prune_teacher.SPARSITIES:
-        at_once, gradually = (runs[f"{share:.0%}, {way}"] for way in ("at once", "gradually"))
-        assert at_once["zeros"] == pytest.approx(share, abs=0.01) == gradually["zeros"]
+        rates, *both = (runs[f"{share:.0%}, {way}"] for way in ("rates", "at once", "gradually"))
+        best = min(rates["tried"], key=lambda pair: pair[1])[0]
+        assert [rate for rate, _ in rates["tried"]] == list(prune_teacher.RATES)
+        assert all(run["rate"] == best and run["zeros"] == pytest.approx(share, abs=0.01) for run in both)
+        at_once, gradually = both
         assert gradually["curve"][0] == runs["none"]["curve"][0] != at_once["curve"][0]
         assert at_once["val_loss"] != gradually["val_loss"]
     monkeypatch.setattr(recorded_runs, "write_atomically", lambda *_: pytest.fail("something was run again"))
