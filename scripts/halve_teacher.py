@@ -39,9 +39,10 @@ class Halving(Teaching):
         facts = {"train": asdict(self.config), "scales": SCALES, "alpha": TAUGHT.alpha}
         self.recorded = RecordedRuns(out, command=command, **facts)
 
-    def taught(self, model: GPT, name: str, seed: int, alpha: float) -> dict:
-        """Train a model by the labels, and what is recorded of it."""
-        log = self.train(model, name, replace(TAUGHT, alpha=alpha), self.store.sample, seed)
+    def taught(self, model: GPT, name: str, seed: int, alpha: float, rate: float = 1.0) -> dict:
+        """Train a model by the labels, at a share of the usual learning rates, and what is recorded of it."""
+        config = replace(self.config, lr=rate * self.config.lr, adamw_lr=rate * self.config.adamw_lr)
+        log = self.train(model, name, replace(TAUGHT, alpha=alpha), self.store.sample, seed, config)
         return self.measured(model, log)
 
     def measured(self, model: GPT, log: dict) -> dict:
@@ -68,7 +69,7 @@ class Halving(Teaching):
             before, sample = model.eval(), self.unlabelled
         return {**stages[-1], "stages": stages}
 
-    def cut(self, seed: int, teach: bool) -> dict:
+    def cut(self, seed: int, teach: bool, rate: float = 1.0) -> dict:
         """What the teacher can spare least of its layers, and then of its heads, neurons and channels, trained on."""
         c = self.half
         batches = [sample_batch(self.corpus.train, self.T, 2, step, seed) for step in range(CALIBRATION)]
@@ -83,9 +84,8 @@ class Halving(Teaching):
         heads, neurons = most_important(found.heads, c.n_head), most_important(found.neurons, c.hidden)
         model = shrink(model, None, heads, neurons, most_important(found.channels, c.n_embd))
         at_once = self.glimpse(model)
-        made = self.taught(
-            model, f"cut, {'taught' if teach else 'alone'}, seed {seed}", seed, TAUGHT.alpha if teach else 0.0
-        )
+        name = f"cut, {'taught' if teach else 'alone'}, seed {seed}" + (f", rate {rate:.2g}" if rate != 1 else "")
+        made = self.taught(model, name, seed, TAUGHT.alpha if teach else 0.0, rate)
         return {**made, "layers": layers.tolist(), "before_training": at_once}
 
 
@@ -109,6 +109,8 @@ def main() -> None:
             "cut, taught": lambda seed=seed: halving.cut(seed, True),
             "cut, text alone": lambda seed=seed: halving.cut(seed, False),
         }
+        if seed == SEEDS[0]:  # a model that has learned already may want a lower rate
+            ways["cut, taught at a third of the rate"] = lambda seed=seed: halving.cut(seed, True, 1 / 3)
         for name, do in ways.items():
             loss = halving.recorded.run(f"{name}, seed {seed}", do)["val_loss"]
             print(f"{name}, seed {seed}: {loss:.4f} nats a character", flush=True)

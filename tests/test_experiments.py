@@ -69,12 +69,13 @@ def test_the_halves(experiment, monkeypatch):
     record = experiment(halve_teacher)
     for seed in (0, 1):
         runs = {n.rpartition(",")[0]: r for n, r in record["runs"].items() if n.endswith(f"seed {seed}")}
-        assert set(runs) == {"text alone", "distilled", "in steps", "cut, taught", "cut, text alone"}
+        lower = {"cut, taught at a third of the rate"} if seed == 0 else set()
+        assert set(runs) == {"text alone", "distilled", "in steps", "cut, taught", "cut, text alone"} | lower
         shapes = {n: (r["n_layer"], r["n_head"], r["n_embd"], r["hidden"]) for n, r in runs.items()}
         assert set(shapes.values()) == {(2, 2, 8, 32)}
         assert [stage["scale"] for stage in runs["in steps"]["stages"]] == list(halve_teacher.SCALES)
         assert runs["cut, taught"]["before_training"] == runs["cut, text alone"]["before_training"]
-        assert len({r["val_loss"] for r in runs.values()}) == 5
+        assert len({r["val_loss"] for r in runs.values()}) == len(runs)
     monkeypatch.setattr(recorded_runs, "write_atomically", lambda *_: pytest.fail("something was run again"))
     assert experiment(halve_teacher) == record
 
