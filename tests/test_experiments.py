@@ -102,14 +102,22 @@ def test_the_search(experiment, monkeypatch, budget):
     monkeypatch.setattr(search_architecture, "SIZES", {"small": (1, 2, 8), "large": (2, 2, 16)})
     monkeypatch.setattr(search_architecture, "CONTEXT", 3)
     monkeypatch.setattr(search_architecture, "NEW", 2)
-    options = "--budget", budget, "--trials"
+    options = "--budget", budget, "--long", "3", "--trials"
     runs = experiment(search_architecture, *options, "4")["runs"]
-    assert list(runs) == ["by hand, small", "by hand, large", *(f"trial {i}" for i in range(4))]
-    for run in runs.values():
+    tried = ["by hand, small", "by hand, large", *(f"trial {i}" for i in range(4))]
+    assert list(runs)[:6] == tried
+    for run in (runs[name] for name in tried):
         assert run["latency"][1] <= run["latency"][0] <= run["latency"][2] and run["parameters"] > 0
         assert (run["val_loss"] is None) == (budget == "1e-9")
+    long = {name: run for name, run in runs.items() if ", 3 steps, seed " in name}
+    assert len(runs) == 6 + len(long) and len(long) == (3 if budget == "1e9" else 0)
+    if long:  # the best of what was found, not of what was made by hand
+        best = min((runs[name] for name in tried[2:]), key=lambda run: run["val_loss"])
+        assert all(run["config"] == best["config"] for run in long.values())
+        assert len({run["val_loss"] for run in long.values()}) == 3
     more = experiment(search_architecture, *options, "6")["runs"]  # goes on where it was
-    assert len(more) == 8 and {n: more[n] for n in runs} == runs
+    assert {n for n in more if n.startswith("trial")} == {f"trial {i}" for i in range(6)}
+    assert {n: more[n] for n in runs} == runs
 
 
 def test_a_finished_student_is_read_from_where_it_was_kept(experiment, monkeypatch):
