@@ -24,7 +24,7 @@ from gptlite.pruning import bake_masks, gradual_pruning, magnitude_mask, prune_w
 
 OUT = Path(__file__).resolve().parent.parent / "assets" / "results" / "pruning" / "weights.json"
 SPARSITIES = (0.5, 0.8, 0.9)
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-5, 1e-4, 1e-3)
 ADAMW = replace(TRAIN, warmup=5, optimizer="adamw")  # Muon's steps are as large for a model that has nothing to learn
 
 
