@@ -26,10 +26,14 @@ class Teaching:
     """The teacher, and its labels for every batch of a run; `folder` is where unfinished runs are kept."""
 
     def __init__(self, config: TrainConfig, folder: str):
-        self.config, self.corpus, self.teacher = config, load_corpus("plays"), load_pretrained("teacher").model
-        self.T, self.folder = self.teacher.config.block_size, cache_folder() / folder
+        self.config, self.corpus = config, load_corpus("plays")
+        trained = load_pretrained("teacher").model
+        self.T, self.folder = trained.config.block_size, cache_folder() / folder
         n = config.steps * config.batch_size
-        self.store = write_labels(cache_folder() / f"labels-{n}", self.teacher, self.corpus, self.T, n=n)
+        self.store = write_labels(cache_folder() / f"labels-{n}", trained, self.corpus, self.T, n=n)
+        # no dropout in what is made of it: labels are written without, and a brief training does not overfit
+        self.teacher = GPT(replace(trained.config, dropout=0.0)).eval()
+        self.teacher.load_state_dict(trained.state_dict())
 
     def unlabelled(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """The same batches as the store's, without the teacher's answers."""

@@ -21,7 +21,7 @@ from gptlite.distillation import forward_kl, reverse_kl
 @pytest.fixture
 def experiment(make_model, corpus, monkeypatch, tmp_path):
     """A function that runs a script's experiment on a tiny teacher and returns its record."""
-    teacher = make_model(vocab_size=VOCABULARY, block_size=8, n_layer=4, n_head=4, n_embd=16)
+    teacher = make_model(vocab_size=VOCABULARY, block_size=8, n_layer=4, n_head=4, n_embd=16, dropout=0.1)
     monkeypatch.setattr(teaching, "load_corpus", lambda name: corpus)
     monkeypatch.setattr(teaching, "load_pretrained", lambda name: Checkpoint(teacher, corpus.tokenizer, {}))
     monkeypatch.setattr(teaching, "cache_folder", lambda: tmp_path)
