@@ -4,8 +4,9 @@ python scripts/halve_teacher.py [--steps 1200] [--out assets/results/pruning/hal
 
 Half is half the layers, half the heads and half the width, whichever way. Trained on the text alone; distilled from the
 teacher; distilled step by step, each model the next one's teacher, through scales 0.9 ... 0.5, each from fresh weights;
-and cut out of the teacher, then trained on with the teacher and without. All see the same windows in the same order;
-the steps share them. Hours on two cores; runs that are recorded already under the same command are kept.
+and cut out of the teacher, then trained on with the teacher and without. Beside these, half the layers, heads and
+neurons in a stream that keeps its width, cut out and fresh. All see the same windows in the same order; the steps share
+them. Hours on two cores; runs that are recorded already under the same command are kept.
 """
 
 import argparse
@@ -69,8 +70,11 @@ class Halving(Teaching):
             before, sample = model.eval(), self.unlabelled
         return {**stages[-1], "stages": stages}
 
-    def cut(self, seed: int, teach: bool, rate: float = 1.0) -> dict:
-        """What the teacher can spare least of its layers, and then of its heads, neurons and channels, trained on."""
+    def cut_out(self, seed: int, wide: bool) -> tuple[GPT, list[int]]:
+        """The model that is left without what the teacher can spare most, and the layers that stay.
+
+        Layers go first, one after another, then heads and neurons, and unless it stays wide, channels.
+        """
         c = self.half
         batches = [sample_batch(self.corpus.train, self.T, 2, step, seed) for step in range(CALIBRATION)]
 
@@ -82,11 +86,23 @@ class Halving(Teaching):
         model = shrink(self.teacher, layers)
         found = gradient_importance(model, batches)
         heads, neurons = most_important(found.heads, c.n_head), most_important(found.neurons, c.hidden)
-        model = shrink(model, None, heads, neurons, most_important(found.channels, c.n_embd))
+        channels = None if wide else most_important(found.channels, c.n_embd)
+        return shrink(model, None, heads, neurons, channels), layers.tolist()
+
+    def cut(self, seed: int, teach: bool, rate: float = 1.0, wide: bool = False) -> dict:
+        """What was cut out of the teacher, trained on."""
+        model, layers = self.cut_out(seed, wide)
         at_once = self.glimpse(model)
-        name = f"cut, {'taught' if teach else 'alone'}, seed {seed}" + (f", rate {rate:.2g}" if rate != 1 else "")
+        name = f"{'wide, ' if wide else ''}cut, {'taught' if teach else 'alone'}, seed {seed}"
+        name += f", rate {rate:.2g}" if rate != 1 else ""
         made = self.taught(model, name, seed, TAUGHT.alpha if teach else 0.0, rate)
-        return {**made, "layers": layers.tolist(), "before_training": at_once}
+        return {**made, "layers": layers, "before_training": at_once}
+
+    def wide(self, seed: int) -> dict:
+        """The shape of what was cut out with its width, taught from fresh weights."""
+        config = self.cut_out(seed, wide=True)[0].config
+        torch.manual_seed(seed)
+        return self.taught(GPT(config), f"wide, seed {seed}", seed, TAUGHT.alpha)
 
 
 def _later(sample: Callable, before: int, tokens: torch.Tensor, T: int, B: int, step: int, seed: int) -> tuple:
@@ -101,19 +117,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     halving = Halving(args.steps, args.out)
+    ways: dict[str, Callable[[int], dict]] = {
+        "text alone": lambda seed: halving.direct(seed, 0.0),
+        "distilled": lambda seed: halving.direct(seed, TAUGHT.alpha),
+        "in steps": halving.in_steps,
+        "cut, taught": lambda seed: halving.cut(seed, True),
+        "cut, text alone": lambda seed: halving.cut(seed, False),
+        # a model that has learned already may want a lower rate
+        "cut, taught at a third of the rate": lambda seed: halving.cut(seed, True, 1 / 3),
+        "wide, distilled": halving.wide,
+        "wide, cut, taught": lambda seed: halving.cut(seed, True, wide=True),
+        "wide, cut, taught at a third of the rate": lambda seed: halving.cut(seed, True, 1 / 3, wide=True),
+    }
     for seed in SEEDS:
-        ways: dict[str, Callable[[], dict]] = {
-            "text alone": lambda seed=seed: halving.direct(seed, 0.0),
-            "distilled": lambda seed=seed: halving.direct(seed, TAUGHT.alpha),
-            "in steps": lambda seed=seed: halving.in_steps(seed),
-            "cut, taught": lambda seed=seed: halving.cut(seed, True),
-            "cut, text alone": lambda seed=seed: halving.cut(seed, False),
-        }
-        if seed == SEEDS[0]:  # a model that has learned already may want a lower rate
-            ways["cut, taught at a third of the rate"] = lambda seed=seed: halving.cut(seed, True, 1 / 3)
-        for name, do in ways.items():
-            loss = halving.recorded.run(f"{name}, seed {seed}", do)["val_loss"]
-            print(f"{name}, seed {seed}: {loss:.4f} nats a character", flush=True)
+        for way, do in ways.items():
+            if seed == SEEDS[0] or not way.endswith("rate"):
+                name = f"{way}, seed {seed}"
+                loss = halving.recorded.run(name, partial(do, seed))["val_loss"]
+                print(f"{name}: {loss:.4f} nats a character", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,10 +69,14 @@ def test_the_halves(experiment, monkeypatch):
     record = experiment(halve_teacher)
     for seed in (0, 1):
         runs = {n.rpartition(",")[0]: r for n, r in record["runs"].items() if n.endswith(f"seed {seed}")}
-        lower = {"cut, taught at a third of the rate"} if seed == 0 else set()
-        assert set(runs) == {"text alone", "distilled", "in steps", "cut, taught", "cut, text alone"} | lower
+        wide = {"wide, distilled", "wide, cut, taught"}
+        lower = (
+            {f"{way} at a third of the rate" for way in ("cut, taught", "wide, cut, taught")} if seed == 0 else set()
+        )
+        assert set(runs) == {"text alone", "distilled", "in steps", "cut, taught", "cut, text alone"} | wide | lower
         shapes = {n: (r["n_layer"], r["n_head"], r["n_embd"], r["hidden"]) for n, r in runs.items()}
-        assert set(shapes.values()) == {(2, 2, 8, 32)}
+        assert {shape for n, shape in shapes.items() if n.startswith("wide")} == {(2, 2, 16, 32)}
+        assert {shape for n, shape in shapes.items() if not n.startswith("wide")} == {(2, 2, 8, 32)}
         assert [stage["scale"] for stage in runs["in steps"]["stages"]] == list(halve_teacher.SCALES)
         assert runs["cut, taught"]["before_training"] == runs["cut, text alone"]["before_training"]
         assert len({r["val_loss"] for r in runs.values()}) == len(runs)
