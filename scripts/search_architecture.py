@@ -52,7 +52,7 @@ class Search(Teaching):
             found = {"parameters": model.n_params(), "latency": [relative.median, relative.low, relative.high]}
             return {"config": asdict(config), **found, "val_loss": loss}
 
-        run = self.recorded.run(name, do)
+        run = self.recorded.run(name, do, threads=str(torch.get_num_threads()))
         if run["config"] != asdict(config):
             raise ValueError(f"{self.recorded.path} has another shape for {name!r}; delete it.")
         tried = Tried(config, run["latency"][0], run["val_loss"])
@@ -70,8 +70,9 @@ class Search(Teaching):
             long.train(model, f"{self.shape(config)}, seed {seed}", TAUGHT, long.store.sample, seed)
             return {"config": asdict(config), "parameters": model.n_params(), "val_loss": self.loss(model)}
 
-        loss = self.recorded.run(f"{self.shape(config)}, {steps} steps, seed {seed}", do)["val_loss"]
-        print(f"{self.shape(config)}, {steps} steps, seed {seed}: {loss:.4f} nats a character", flush=True)
+        name = f"{self.shape(config)}, {steps} steps, seed {seed}"
+        loss = self.recorded.run(name, do, threads=str(torch.get_num_threads()))["val_loss"]
+        print(f"{name}: {loss:.4f} nats a character", flush=True)
 
     @staticmethod
     def shape(c: GPTConfig) -> str:

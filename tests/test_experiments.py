@@ -10,6 +10,7 @@ import pytest
 import recorded_runs
 import search_architecture
 import teaching
+import torch
 from sums import VOCABULARY
 
 from gptlite import architecture_search
@@ -107,7 +108,9 @@ def test_the_search(experiment, monkeypatch, budget):
     monkeypatch.setattr(search_architecture, "CONTEXT", 3)
     monkeypatch.setattr(search_architecture, "NEW", 2)
     options = "--budget", budget, "--long", "3", "--trials"
-    runs = experiment(search_architecture, *options, "4")["runs"]
+    record = experiment(search_architecture, *options, "4")
+    runs = record["runs"]
+    assert record["machine"]["threads"] == str(torch.get_num_threads())
     tried = ["by hand, small", "by hand, large", *(f"trial {i}" for i in range(4))]
     assert list(runs)[:6] == tried
     for run in (runs[name] for name in tried):
