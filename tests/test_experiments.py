@@ -71,10 +71,8 @@ def test_the_halves(experiment, monkeypatch):
     for seed in (0, 1):
         runs = {n.rpartition(",")[0]: r for n, r in record["runs"].items() if n.endswith(f"seed {seed}")}
         wide = {"wide, distilled", "wide, cut, taught"}
-        lower = (
-            {f"{way} at a third of the rate" for way in ("cut, taught", "wide, cut, taught")} if seed == 0 else set()
-        )
-        assert set(runs) == {"text alone", "distilled", "in steps", "cut, taught", "cut, text alone"} | wide | lower
+        full = {"cut, taught at the full rate", "wide, cut, taught at the full rate"} if seed == 0 else set()
+        assert set(runs) == {"text alone", "distilled", "in steps", "cut, taught", "cut, text alone"} | wide | full
         shapes = {n: (r["n_layer"], r["n_head"], r["n_embd"], r["hidden"]) for n, r in runs.items()}
         assert {shape for n, shape in shapes.items() if n.startswith("wide")} == {(2, 2, 16, 32)}
         assert {shape for n, shape in shapes.items() if not n.startswith("wide")} == {(2, 2, 8, 32)}
