@@ -5,6 +5,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import warnings
 from hashlib import sha256
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def load_cpp(*names: str) -> None:
     else:  # it appears there whole or not at all, whoever else builds it
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             _build_and_load(sources, folder).replace(library)
+
+
+def load_cpp_or_warn(name: str, otherwise: str) -> bool:
+    """Whether a C++ file is loaded, as by `load_cpp`; if it cannot be built, a warning says what is done otherwise."""
+    try:
+        load_cpp(name)
+    except OSError as missing:
+        warnings.warn(f"{otherwise}: {missing}", stacklevel=3)
+        return False
+    return True
 
 
 def _instructions() -> str:

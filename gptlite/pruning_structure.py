@@ -102,8 +102,8 @@ def _shapes(c: GPTConfig) -> list[tuple[int, ...]]:
 
 def greedy_layers(model: GPT, n: int, loss: Callable[[GPT], float]) -> Tensor:
     """The numbers (n,) of the layers that stay if, one after another, that one goes without which the loss is least."""
-    stay = most_important(torch.arange(model.config.n_layer), model.config.n_layer)
-    most_important(stay, n)  # refuses what is not there
+    stay = torch.arange(model.config.n_layer)
+    most_important(stay, n)  # refuses an n that is none
     while len(stay) > n:
         fewer = [torch.cat([stay[:i], stay[i + 1 :]]) for i in range(len(stay))]
         stay = min(fewer, key=lambda layers: loss(shrink(model, layers)))

@@ -1,6 +1,5 @@
 """Linears whose weights are codes of eight or four bits, read by one kernel."""
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -9,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlite.cpp import load_cpp
+from gptlite.cpp import load_cpp_or_warn
 from gptlite.quantization_grids import INT4, INT8, Quantized, from_codes, round_to_nearest
 
 SIDE = 32  # rows of a weight that lie side by side in memory, as the kernel reads them
@@ -44,10 +43,7 @@ def unpack(packed: Tensor, bits: int, rows: Tensor) -> Tensor:
 @cache
 def load_kernel() -> bool:
     """Register `torch.ops.gptlite.quantized_linear`; False, and a warning, where it cannot be built."""
-    try:
-        load_cpp("quantized_linear.cpp")
-    except OSError as missing:
-        warnings.warn(f"Codes will be dequantized at each product: {missing}", stacklevel=2)
+    if not load_cpp_or_warn("quantized_linear.cpp", "Codes will be dequantized at each product"):
         return False
 
     @torch.library.register_fake("gptlite::quantized_linear")

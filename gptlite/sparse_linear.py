@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlite.cpp import load_cpp
+from gptlite.cpp import load_cpp_or_warn
 
 WORD = 64  # weights that share a word of bits
 
@@ -39,10 +39,7 @@ class CsrLinear(nn.Module):
 @cache
 def load_kernel() -> bool:
     """Register `torch.ops.gptlite.bitmap_linear`; False, and a warning, where it cannot be built."""
-    try:
-        load_cpp("sparse_linear.cpp")
-    except OSError as missing:
-        warnings.warn(f"Weights will be made dense at each product: {missing}", stacklevel=2)
+    if not load_cpp_or_warn("sparse_linear.cpp", "Weights will be made dense at each product"):
         return False
 
     @torch.library.register_fake("gptlite::bitmap_linear")

@@ -4,8 +4,9 @@ python scripts/prune_teacher.py [--steps 120] [--out assets/results/pruning/weig
 
 Each share of zeros is reached at once, before the first step, or over the first two thirds of the steps; two of each
 four at once. All see the same batches, with the unpruned teacher's labels. A model that has lost little wants a lower
-learning rate than one that has lost much: each share takes the best of three, by a third of the steps. Runs that are
-recorded already under the same command are kept. An hour on two cores.
+learning rate than one that has lost much: each share takes the best of three for masks at once, in a third of the
+steps, by the loss on some held-out windows. Runs that are recorded already under the same command are kept. An hour on
+two cores.
 """
 
 import argparse

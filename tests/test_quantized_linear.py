@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlite import quantized_linear
+from gptlite import cpp, quantized_linear
 from gptlite.quantization_grids import INT4, INT8, Grid, Quantized, from_codes, round_to_nearest
 from gptlite.quantized_linear import (
     Int4Linear,
@@ -417,7 +417,7 @@ def test_a_kernel_that_cannot_be_built_is_a_warning(monkeypatch):
     def load_cpp(*names):
         raise OSError("install a C++ compiler.")
 
-    monkeypatch.setattr(quantized_linear, "load_cpp", load_cpp)
+    monkeypatch.setattr(cpp, "load_cpp", load_cpp)
     with pytest.warns(
         UserWarning, match=re.escape("Codes will be dequantized at each product: install a C++ compiler.")
     ):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sums import new_model
 
-from gptlite import sparse_linear
+from gptlite import cpp
 from gptlite.sparse_linear import WORD, BitmapLinear, CsrLinear, load_kernel
 
 
@@ -94,7 +94,7 @@ def test_a_kernel_that_cannot_be_built_is_a_warning(monkeypatch):
     def load_cpp(*names):
         raise OSError("install a C++ compiler.")
 
-    monkeypatch.setattr(sparse_linear, "load_cpp", load_cpp)
+    monkeypatch.setattr(cpp, "load_cpp", load_cpp)
     with pytest.warns(UserWarning, match=re.escape("made dense at each product: install a C++ compiler.")):
         assert load_kernel.__wrapped__() is False
 
