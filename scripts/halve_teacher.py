@@ -4,9 +4,9 @@ python scripts/halve_teacher.py [--steps 1200] [--out assets/results/pruning/hal
 
 Half is half the layers, half the heads and half the width, whichever way. Trained on the text alone; distilled from the
 teacher; distilled step by step, each model the next one's teacher, through scales 0.9 ... 0.5, each from fresh weights;
-and cut out of the teacher, then trained on with the teacher and without. Beside these, half the layers, heads and
-neurons in a stream that keeps its width, cut out and fresh. All see the same windows in the same order; the steps share
-them. Hours on two cores; runs that are recorded already under the same command are kept.
+and cut out of the teacher, then trained on with the teacher and without. Beside these, with one seed, half the layers,
+heads and neurons in a stream that keeps its width, cut out and fresh. All see the same windows in the same order; the
+steps share them. Hours on two cores; runs that are recorded already under the same command are kept.
 """
 
 import argparse
@@ -124,11 +124,11 @@ def main() -> None:
         "in steps": halving.in_steps,
         "cut, taught": lambda seed: halving.cut(seed, True),
         "cut, text alone": lambda seed: halving.cut(seed, False),
-        "wide, distilled": halving.wide,
-        "wide, cut, taught": lambda seed: halving.cut(seed, True, wide=True),
     }
     once: dict[str, Callable[[int], dict]] = {
         "cut, taught at the full rate": lambda seed: halving.cut(seed, True, 1.0),
+        "wide, distilled": halving.wide,
+        "wide, cut, taught": lambda seed: halving.cut(seed, True, wide=True),
         "wide, cut, taught at the full rate": lambda seed: halving.cut(seed, True, 1.0, wide=True),
     }
     for seed in SEEDS:
