@@ -63,7 +63,8 @@ class BitmapLinear(nn.Module):
         self.in_features, self.bias = weight.shape[1], linear.bias
         mask = F.pad(weight != 0, (0, -weight.shape[1] % WORD))  # (out, in), whole words
         self.register_buffer("numbers", weight[weight != 0])  # row by row
-        self.register_buffer("bits", (mask.unflatten(1, (-1, WORD)).long() << torch.arange(WORD)).sum(-1))
+        octets = (mask.unflatten(1, (-1, 8)).byte() << torch.arange(8).byte()).sum(-1, dtype=torch.uint8)
+        self.register_buffer("bits", octets.view(torch.int64))  # (out, in / 64), the first octet lowest (little-endian)
         self.register_buffer("starts", F.pad(mask.sum(-1).cumsum(0), (1, 0)))  # (out + 1,): of each row's numbers
         self.has_kernel = load_kernel()
 
@@ -77,8 +78,8 @@ class BitmapLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (out, in), zeros and all, made anew each time."""
-        places = torch.arange(WORD, device=self.bits.device)
-        mask = (self.bits[..., None] >> places & 1).bool().flatten(1)[:, : self.in_features]
+        places = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        mask = (self.bits.view(torch.uint8)[..., None] >> places & 1).bool().flatten(1)[:, : self.in_features]
         return self.numbers.new_zeros(mask.shape).masked_scatter_(mask, self.numbers)
 
     @property
