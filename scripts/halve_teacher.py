@@ -53,10 +53,10 @@ class Halving(Teaching):
         curve = [*log["val_loss"], [len(log["train_loss"]), self.glimpse(model)]]
         return {**shape, "parameters": model.n_params(), "val_loss": self.loss(model), "curve": curve}
 
-    def direct(self, seed: int, alpha: float) -> dict:
+    def direct(self, seed: int, alpha: float, rate: float = 1.0) -> dict:
         """Half the size from fresh weights, by the text alone (alpha 0) or by the teacher."""
         torch.manual_seed(seed)
-        return self.taught(GPT(self.half), f"direct, alpha {alpha:g}, seed {seed}", seed, alpha)
+        return self.taught(GPT(self.half), f"direct, alpha {alpha:g}, seed {seed}" + _rate(rate), seed, alpha, rate)
 
     def in_steps(self, seed: int) -> dict:
         """Each scale's model from fresh weights, taught by the one before, for an equal share of the steps."""
@@ -94,8 +94,7 @@ class Halving(Teaching):
         """What was cut out of the teacher, trained on."""
         model, layers = self.cut_out(seed, wide)
         at_once = self.glimpse(model)
-        name = f"{'wide, ' if wide else ''}cut, {'taught' if teach else 'alone'}, seed {seed}"
-        name += f", rate {rate:.2g}" if rate != 1 else ""
+        name = f"{'wide, ' if wide else ''}cut, {'taught' if teach else 'alone'}, seed {seed}" + _rate(rate)
         made = self.taught(model, name, seed, TAUGHT.alpha if teach else 0.0, rate)
         return {**made, "layers": layers, "before_training": at_once}
 
@@ -104,6 +103,11 @@ class Halving(Teaching):
         config = self.cut_out(seed, wide=True)[0].config
         torch.manual_seed(seed)
         return self.taught(GPT(config), f"wide, seed {seed}", seed, TAUGHT.alpha)
+
+
+def _rate(rate: float) -> str:
+    """A share of the learning rates in the name of a run."""
+    return f", rate {rate:.2g}" if rate != 1 else ""
 
 
 def _later(sample: Callable, before: int, tokens: torch.Tensor, T: int, B: int, step: int, seed: int) -> tuple:
@@ -126,6 +130,7 @@ def main() -> None:
         "cut, text alone": lambda seed: halving.cut(seed, False),
     }
     once: dict[str, Callable[[int], dict]] = {
+        "distilled at a third of the rate": lambda seed: halving.direct(seed, TAUGHT.alpha, LOWER),
         "cut, taught at the full rate": lambda seed: halving.cut(seed, True, 1.0),
         "wide, distilled": halving.wide,
         "wide, cut, taught": lambda seed: halving.cut(seed, True, wide=True),

@@ -1,6 +1,6 @@
 """Search for the shape of the best student that decodes within a budget, and record every shape that was tried.
 
-python scripts/search_architecture.py [--trials 32] [--steps 200] [--long 1200] [--budget 0.4] [--out PATH]
+python scripts/search_architecture.py [--trials 24] [--steps 200] [--long 1200] [--budget 0.4] [--out PATH]
 
 A shape's latency is the time of one more token, eager, at batch 1 and with a cache, over the teacher's in the same
 turns. What is within the budget is taught briefly by the teacher's labels, and so are the hand-made students. The best
@@ -83,7 +83,7 @@ class Search(Teaching):
 def main() -> None:
     """Try what is not recorded yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--long", type=int, default=1200, help="steps that the best shape is taught")
     parser.add_argument("--budget", type=float, default=0.4, help="of the teacher's time")
