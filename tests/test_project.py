@@ -53,8 +53,9 @@ def test_one_version_everywhere():
 
 def test_every_requirement_is_pinned():
     lines = [line.split(";")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    loose = [line for line in lines if line and not line.startswith("#") and not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
-    assert not loose
+    lines = [line.partition("#")[0].strip() for line in lines]
+    loose = [line for line in lines if line and not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
+    assert [re.split("[<>=]", line)[0] for line in loose] == ["netron"]  # each of its releases stops working half a year on
 
 
 def test_one_address_everywhere():

@@ -1,0 +1,204 @@
+"""ONNX Runtime: running an exported GPT where a PyTorch model stood, with the same `generate` around it."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptlite.model import GPTConfig
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+OLDEST_OPSET = 7  # ONNX Runtime reads operator sets from this one on
+
+
+def load_onnx(path: Path | str) -> "onnx.ModelProto":
+    """A model from a file, whole and checked; a sentence says what is wrong with any other file."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no ONNX file at {path}.")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, onnx.checker.ValidationError):
+        raise ValueError(f"{path.name} is not a whole ONNX file; export it again.") from None
+    missing = sorted({where for where in _external_files(model) if not (path.parent / where).is_file()})
+    if missing:
+        raise FileNotFoundError(
+            f"{path.name} keeps its weights in {missing[0]}, which must lie beside it, but does not."
+        )
+    onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
+    check_onnx(model, path.name)
+    return model
+
+
+def check_onnx(model: "onnx.ModelProto", name: str = "the model") -> None:
+    """A ValueError, in a sentence, unless ONNX's own checker passes the graph and ONNX Runtime can read its opset."""
+    import onnx
+
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    newest = onnx.defs.onnx_opset_version()
+    if opset is None or not OLDEST_OPSET <= opset <= newest:
+        raise ValueError(
+            f"{name} is written in opset {opset}, but opsets {OLDEST_OPSET} to {newest} can be run; export it again."
+        )
+    if not model.graph.output:
+        raise ValueError(f"{name} has no output; it is not a whole ONNX graph.")
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"{name} breaks a rule of ONNX ({str(error).strip().splitlines()[0]}).") from None
+
+
+def open_session(
+    model: "onnx.ModelProto | Path | str",
+    threads: int | None = None,
+    optimize: bool = True,
+    providers: list[str] | None = None,
+) -> "onnxruntime.InferenceSession":
+    """A session that runs a model or a file, on the CPU or other `providers`; `threads` None means PyTorch's number."""
+    model = load_onnx(model) if isinstance(model, (str, Path)) else model
+    return _session(model, _options(threads, optimize), providers)
+
+
+def optimized(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The graph after ONNX Runtime's optimiser, as it would run here: for looking at, since it suits one machine."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(1, True)
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        _session(model, options, None)
+        return onnx.load(options.optimized_model_filepath)
+
+
+class OnnxCache:
+    """The past (2 n_layer, B, H_kv, P, D) that a graph without state is given again at each step.
+
+    It stands where a `gptlite.kv_cache.KVCache` would in `generate` and `measure_generation`.
+    """
+
+    def __init__(self, config: GPTConfig, B: int = 1):
+        self.max_len = config.block_size
+        self.past = np.zeros((2 * config.n_layer, B, config.kv_heads, 0, config.head_dim), np.float32)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, P."""
+        return self.past.shape[3]
+
+    def rewind(self, length: int = 0) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {self.length} tokens cannot be rewound to {length}.")
+        self.past = np.ascontiguousarray(self.past[:, :, :, :length])
+
+    def feed(self) -> dict[str, Any]:
+        """What a step is given."""
+        return {"past": self.past}
+
+    def take(self, name: str, tensor: np.ndarray) -> None:
+        """What a step returned: all of the cache (`present`), or what comes behind it (`new`)."""
+        self.past = tensor if name == "present" else np.concatenate([self.past, tensor], axis=3)
+
+
+class OnnxGPT:
+    """An exported GPT that is called as a `GPT` is: logits = model(idx, cache), tensors in and out."""
+
+    def __init__(self, session: "onnxruntime.InferenceSession", config: GPTConfig):
+        self.session, self.config = session, config
+        self.returns = [
+            output.name for output in session.get_outputs()
+        ]  # logits; then present or new, if it has a cache
+
+    def __call__(self, idx: Tensor, cache: OnnxCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits (B, T, V) without a cache, or (B, 1, V), of the last position, with one."""
+        past = 0 if cache is None else cache.length
+        if past + idx.shape[1] > self.config.block_size:
+            longest = self.config.block_size
+            raise ValueError(f"{past + idx.shape[1]} tokens are more than the model's block_size of {longest}.")
+        feed = {"idx": idx.numpy()} | ({} if cache is None else cache.feed())
+        logits, *rest = self.session.run(self.returns, feed)
+        for name, tensor in zip(self.returns[1:], rest, strict=True):
+            cache.take(name, tensor)
+        return torch.from_numpy(logits[:, -1:] if last_only else logits)
+
+
+class BoundGPT(OnnxGPT):
+    """The same with IO binding: the cache stays the runtime's own array, handed on without a copy to NumPy."""
+
+    def __call__(self, idx: Tensor, cache: "BoundCache", last_only: bool = False) -> Tensor:
+        """Logits (B, 1, V) of the last position."""
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("idx", idx.numpy())
+        binding.bind_ortvalue_input("past", cache.value)
+        for name in self.returns:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        logits, cache.value = binding.get_outputs()
+        return torch.from_numpy(logits.numpy())
+
+
+class BoundCache(OnnxCache):
+    """A cache whose past is a value of ONNX Runtime; for a graph that returns `present`."""
+
+    def __init__(self, config: GPTConfig, B: int = 1):
+        super().__init__(config, B)
+        self.rewind(0)
+
+    def rewind(self, length: int = 0) -> None:
+        """Forget everything; only that is possible here."""
+        import onnxruntime
+
+        if length:
+            raise ValueError(f"a bound cache can be rewound to 0 alone, not to {length}.")
+        self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.past)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, P."""
+        return self.value.shape()[3] if hasattr(self, "value") else 0
+
+
+def _options(threads: int | None, optimize: bool) -> "onnxruntime.SessionOptions":
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ImportError("onnxruntime is not installed, but runs ONNX files: pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.log_severity_level = 3  # errors alone
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    return options
+
+
+def _session(
+    model: "onnx.ModelProto", options: "onnxruntime.SessionOptions", providers: list[str] | None
+) -> "onnxruntime.InferenceSession":
+    import onnxruntime
+
+    check_onnx(model)
+    providers = providers or ["CPUExecutionProvider"]
+    missing = sorted(set(providers) - set(onnxruntime.get_available_providers()))
+    if missing:
+        have = ", ".join(onnxruntime.get_available_providers())
+        raise ValueError(f"this onnxruntime has no {missing[0]}; it has {have}.")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+
+
+def _external_files(model: "onnx.ModelProto") -> list[str]:
+    return [
+        entry.value
+        for tensor in model.graph.initializer
+        if tensor.data_location == tensor.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    ]
