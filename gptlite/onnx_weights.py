@@ -1,7 +1,9 @@
 """The weights of an exported graph: in fewer bits, or left out of a file that is only looked at."""
 
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,13 +62,15 @@ def quantize_static(model: "onnx.ModelProto", samples: Iterable[Mapping[str, np.
 def quantize_int4(model: "onnx.ModelProto", group: int = 32) -> "onnx.ModelProto":
     """4-bit weights with a scale for each `group` of inputs: ONNX Runtime's own operator MatMulNBits."""
     import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    # accuracy level 4: activations in int8, where the processor multiplies integers
-    quantizer = MatMulNBitsQuantizer(copy, block_size=group, is_symmetric=True, accuracy_level=4)
-    quantizer.process()
+    with _quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        # accuracy level 4: activations in int8, where the processor multiplies integers
+        quantizer = MatMulNBitsQuantizer(copy, block_size=group, is_symmetric=True, accuracy_level=4)
+        quantizer.process()
     return quantizer.model.model
 
 
@@ -117,19 +121,26 @@ def weight_bytes(model: "onnx.ModelProto") -> int:
     return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
 
 
-def _through_files(model: "onnx.ModelProto", convert) -> "onnx.ModelProto":
+def _through_files(model: "onnx.ModelProto", convert: Callable[[Path, Path], None]) -> "onnx.ModelProto":
     """What `convert(source, target)` makes of a model; ONNX Runtime's quantizers read and write files."""
-    import logging
-
     import onnx
 
-    log, level = logging.getLogger(), logging.getLogger().level
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
         onnx.save(model, source)
-        log.setLevel(logging.ERROR)  # advice to preprocess first, which the exporter has done
-        try:
-            convert(source, target)
-        finally:
-            log.setLevel(level)
+        convert(source, target)
         return onnx.load(target)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantizers' advice, and afterwards with the root logger as it was, which they configure on import."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        root.handlers[:] = handlers
+        root.setLevel(level)

@@ -3,9 +3,11 @@
 No number is typed by hand: `{trained}` and the two directives read the checkpoints and the recorded results.
 """
 
+import gzip
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -242,6 +244,31 @@ def results_of_machine(recorded: Any) -> list[str]:
     return [*lines, "", "To measure it again:", "", "```bash", *commands, "```"] if commands else lines
 
 
+class TryIt(Directive):
+    """```{try-it}```: the model in the page, with the sizes of what it downloads, or why it is not there."""
+
+    def run(self) -> list[nodes.Node]:
+        """The app's HTML, or its fallback where the model was left out of this build."""
+        return [nodes.raw("", try_it(ROOT / "_build" / "apps" / "try_it"), format="html")]
+
+
+def try_it(app: Path) -> str:
+    """The HTML of the app that `scripts/static_apps.py` put into a folder, or of the fallback if it is not there."""
+    from gptlite.results import quantity
+
+    source = ROOT / "assets" / "try_it"
+    if not (app / "models" / "models.json").exists():
+        return (source / "fallback.html").read_text(encoding="utf-8")
+    models = json.loads((app / "models" / "models.json").read_text(encoding="utf-8"))["models"]
+    runtime = (app / "ort" / "ort-wasm-simd-threaded.wasm").read_bytes()
+    facts = {name: quantity(model["bytes"], "bytes") for name, model in models.items()}
+    facts["runtime"] = quantity(len(runtime), "bytes")
+    facts["runtime compressed"] = quantity(len(gzip.compress(runtime, 6)), "bytes")
+    facts["runtime bytes"] = str(len(runtime))
+    text = (source / "app.html").read_text(encoding="utf-8").partition("-->")[2]
+    return re.sub(r"\{\{([^}]*)\}\}", lambda place: facts[place[1]], text)
+
+
 def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
     """Say what a hidden cell is: code, or the NAME of a first line `#@title NAME` (Colab's way), which is dropped."""
     for cell in doctree.findall(nodes.container):
@@ -303,6 +330,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("checkpoints", Checkpoints)
     app.add_directive("training-curve", TrainingCurve)
     app.add_directive("recorded-results", RecordedResults)
+    app.add_directive("try-it", TryIt)
     app.connect("config-inited", set_addresses, priority=900)
     app.connect("doctree-read", name_folded_cells)
     app.connect("html-page-context", name_list_items)

@@ -36,11 +36,16 @@ def main() -> None:
     site, started = ROOT / sys.argv[1], time.perf_counter()
     for stale in (site, site.parent / ".doctrees"):
         shutil.rmtree(stale, ignore_errors=True)
+    if f"{site.parent.name}/apps" in (ROOT / "_config.yml").read_text(encoding="utf-8"):
+        import static_apps
+
+        print("Making what is served beside the pages", flush=True)
+        static_apps.fill(site.parent)
     log = site.parent / "book.log"
     if build(log) or not (site / "index.html").exists():
         print("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-8:]))
         sys.exit(f"make: the book was not built; see above; the whole log is in {log.relative_to(ROOT)}.")
-    pages = len(list(site.rglob("*.html")))
+    pages = len(list(site.rglob("*.html"))) - (site / "netron" / "index.html").exists()
     print(f"Built {pages} pages in {time.perf_counter() - started:.0f} s. Open {(site / 'index.html').as_uri()}")
 
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from gptlite import onnx_export, onnx_weights
-from gptlite.checkpoints import load_pretrained, write_atomically
+from gptlite.checkpoints import Checkpoint, load_pretrained, write_atomically
 from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPTConfig
-from gptlite.onnx_cache import CachedGPT
 from gptlite.onnx_runtime import check_onnx, optimized
 
 PROMPT, CHARACTERS = "ROMEO:\n", 100
@@ -27,33 +27,37 @@ CALIBRATION_OPS = 200
 GROUP = 32  # weights to a scale in 4 bits
 
 
+@cache
+def exported_teacher() -> tuple[Checkpoint, onnx.ModelProto]:
+    """The trained teacher, and one step of it with its cache: exported once for all files."""
+    checkpoint = load_pretrained("teacher")
+    return checkpoint, onnx_export.export_cached(checkpoint.model)
+
+
 def write_graphs(folder: Path) -> None:
-    """Graphs without weights, one file for each way of capturing the two-head block, and the GPT."""
+    """Graphs without weights: the two-head block, captured in several ways, and the GPT."""
     torch.manual_seed(0)
-    block, x = onnx_export.TwoHeadBlock(), torch.randn(2, 8, 64)
+    block, x = onnx_export.TwoHeadBlock().eval(), torch.randn(2, 8, 64)
     given = ([x], ["x"], ["y"], {"x": {0: "B", 1: "T"}})
+    checkpoint, step = exported_teacher()
     graphs = {
-        "block_trace": onnx_export.export_torchscript(torch.jit.trace(block.eval(), x), *given),
-        "block_script": onnx_export.export_torchscript(torch.jit.script(block.eval()), *given),
+        "block_trace": onnx_export.export_torchscript(block, *given),
+        "block_script": onnx_export.export_torchscript(torch.jit.script(block), *given),
         "block_eval_raw": onnx_export.export(block, *given, optimize=False),
         "block_eval": onnx_export.export(block, *given),
-        "block_train": onnx_export.export(block, *given, training=True),
+        "gpt": onnx_export.export_gpt(checkpoint.model),
+        "gpt_appending": step,
+        "gpt_optimized": optimized(step),
+        "gpt_int8": optimized(onnx_weights.quantize_dynamic(step)),
     }
-    model = load_pretrained("teacher").model
-    graphs["gpt"] = onnx_export.export_gpt(model)
-    graphs["gpt_cached"] = onnx_export.export_cached(model, CachedGPT)
-    graphs["gpt_appending"] = appending = onnx_export.export_cached(model)
-    graphs["gpt_optimized"] = optimized(appending)
-    graphs["gpt_int8"] = optimized(onnx_weights.quantize_dynamic(appending))
     for name, graph in graphs.items():
         write_atomically(folder / f"{name}.onnx", onnx_weights.without_weights(graph).SerializeToString())
 
 
 def write_models(folder: Path) -> None:
     """The teacher in three precisions, files that calibrate a reader's machine, and models.json about all of them."""
-    checkpoint = load_pretrained("teacher")
+    checkpoint, exported = exported_teacher()
     model, config = checkpoint.model, checkpoint.model.config
-    exported = onnx_export.export_cached(model)
     precisions = {
         "fp32": exported,
         "int8": onnx_weights.quantize_dynamic(exported),
@@ -64,12 +68,12 @@ def write_models(folder: Path) -> None:
         check_onnx(graph)
         content = onnx_weights.store_half(graph).SerializeToString()
         write_atomically(folder / f"{name}.onnx", content)
-        products = [node for node in optimized(graph).graph.node if "MatMul" not in node.op_type]
+        rest = [node for node in optimized(graph).graph.node if "MatMul" not in node.op_type]
         about[name] = {
             "file": f"{name}.onnx",
             "bytes": len(content),
             "compressed": len(gzip.compress(content, 6)),
-            "ops": len(products),  # all but the products, which are predicted apart
+            "ops": len(rest),  # all but the products, which are predicted apart
         }
         write_atomically(folder / f"calibrate-{name}.onnx", products_only(config, PRODUCTS[name]).SerializeToString())
     write_atomically(folder / "calibrate-ops.onnx", additions(config).SerializeToString())

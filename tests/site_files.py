@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
 SOURCES = ("_config.yml", "_toc.yml", "book/*", "notebooks/*.ipynb", "assets/**/*", "scripts/b*.py", "gptlite/*.py")
+SOURCES += ("scripts/static_apps.py", "scripts/onnx_files.py")
 
 
 @cache
@@ -71,10 +72,9 @@ class Page(HTMLParser):
 
 
 def pages() -> list[Page]:
-    """Every page of the site but the redirect at its root."""
-    return [
-        Page(path) for path in sorted(built_site().rglob("*.html")) if path.parent != SITE or path.name != "index.html"
-    ]
+    """Every page of the site but the redirect at its root, and Netron, which is a program."""
+    others = (SITE / "index.html", SITE / "netron" / "index.html")
+    return [Page(path) for path in sorted(built_site().rglob("*.html")) if path not in others]
 
 
 def chapters() -> list[str]:

@@ -140,3 +140,19 @@ def test_a_folded_cell_says_what_it_is():
     assert (named["prompt_show"], named.astext()) == ("Solution to 1", "x = 1")
     assert (shown["prompt_show"], shown.astext()) == ("?", "#@title Shown\nx")
     assert (plain["prompt_show"], plain.astext()) == ("Code", "y")
+
+
+def test_the_app_s_place_names_what_is_downloaded(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "ort").mkdir()
+    models = {name: {"bytes": size} for name, size in (("fp32", 21_800_000), ("int8", 11_100_000), ("int4", 6_500_000))}
+    (tmp_path / "models" / "models.json").write_text(json.dumps({"models": models}))
+    (tmp_path / "ort" / "ort-wasm-simd-threaded.wasm").write_bytes(bytes(14_000_000))
+    text = book_extension.try_it(tmp_path)
+    assert "<form" in text and "{{" not in text
+    assert all(size in text for size in ("21.8 MB", "11.1 MB", "6.50 MB", "14.0 MB", "14000000"))
+
+
+def test_without_the_app_its_place_says_so(tmp_path):
+    text = book_extension.try_it(tmp_path)
+    assert "left out" in text and "<form" not in text

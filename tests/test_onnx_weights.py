@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,15 @@ def test_four_bits_and_a_scale_a_group(graph, group):
     assert weight_bytes(graph) - weight_bytes(quantized) == pytest.approx(saved, rel=0.01)
     assert count(graph, "MatMulNBits") == 0  # the original is left alone
     assert 0 < np.abs(logits(quantized) - logits(graph)).max() < 0.3 * np.abs(logits(graph)).max()
+
+
+def test_quantizing_leaves_the_log_as_it_was(graph, capfd):
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    quantize_int4(graph)
+    quantize_dynamic(graph)
+    assert (root.level, list(root.handlers)) == before
+    assert capfd.readouterr() == ("", "")
 
 
 def test_halves_are_exact_and_half_as_large(graph):

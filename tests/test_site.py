@@ -43,9 +43,12 @@ def test_every_document_of_the_contents_is_a_page(site):
 
 def test_internal_links_lead_somewhere(all_pages):
     broken = []
+    left_out = not (SITE / "netron").exists()  # then a click on such a link says so; test_static_apps.py wants it there
     for page in all_pages.values():
         for link in filter(is_internal, page.links):
             path = target(page, link)
+            if left_out and path.parent.name == "netron":
+                continue
             anchor = unquote(urlsplit(link).fragment)
             if path.is_dir():
                 path = path / "index.html"
