@@ -5,6 +5,7 @@ Two forms: the whole cache comes back (`CachedGPT`), as most exporters do it, or
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -68,13 +69,16 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
 
 class PastCache:
-    """A KV cache as the model asks for one, over a tensor past (2 n_layer, B, H_kv, P, D) that is never written to."""
+    """A KV cache as the model asks for one, over a past (2 n_layer, B, H_kv, P, D) that is never written to.
+
+    The past is one tensor, or a list with one (B, H_kv, P, D) for each layer's keys and each layer's values.
+    """
 
     max_len = 0  # a graph has no `if` for too long a text: it looks up a position that is not there, and that fails
 
-    def __init__(self, past: Tensor, layer: type[ConcatLayer]):
-        self.length = past.shape[3]
-        self.layers = [layer(past[i], past[i + 1]) for i in range(0, past.shape[0], 2)]
+    def __init__(self, past: Tensor | Sequence[Tensor], layer: type[ConcatLayer]):
+        self.length = past[0].shape[2]
+        self.layers = [layer(past[i], past[i + 1]) for i in range(0, len(past), 2)]
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         """Positions (T,) of the next T tokens."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -163,17 +164,13 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' notes on deprecations and on packages that nobody asked for."""
-    import logging
-
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def _needs(package: str) -> None:

@@ -1,8 +1,9 @@
 """ONNX Runtime: running an exported GPT where a PyTorch model stood, with the same `generate` around it."""
 
+import math
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -87,7 +88,10 @@ class OnnxCache:
 
     def __init__(self, config: GPTConfig, B: int = 1):
         self.max_len = config.block_size
-        self.past = np.zeros((2 * config.n_layer, B, config.kv_heads, 0, config.head_dim), np.float32)
+        shape = (2 * config.n_layer, B, config.kv_heads, 0, config.head_dim)
+        full = math.prod(shape[:3]) * self.max_len * shape[4]
+        self.buffers = [np.empty(full, np.float32) for _ in range(2)]  # memory that is new at each step would cost more
+        self.past = self.buffers[0][:0].reshape(shape)
 
     @property
     def length(self) -> int:
@@ -98,15 +102,20 @@ class OnnxCache:
         """Forget all but the first `length` tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"a cache of {self.length} tokens cannot be rewound to {length}.")
-        self.past = np.ascontiguousarray(self.past[:, :, :, :length])
-
-    def feed(self) -> dict[str, Any]:
-        """What a step is given."""
-        return {"past": self.past}
+        self._join(self.past[:, :, :, :length])
 
     def take(self, name: str, tensor: np.ndarray) -> None:
         """What a step returned: all of the cache (`present`), or what comes behind it (`new`)."""
-        self.past = tensor if name == "present" else np.concatenate([self.past, tensor], axis=3)
+        if name == "present":
+            self.past = tensor
+        else:
+            self._join(self.past, tensor)
+
+    def _join(self, *parts: np.ndarray) -> None:
+        """Parts (2 n_layer, B, H_kv, .., D), one behind the other, in the buffer that is not in use."""
+        shape = (*parts[0].shape[:3], sum(part.shape[3] for part in parts), parts[0].shape[4])
+        free = next(buffer for buffer in self.buffers if not np.may_share_memory(buffer, self.past))
+        self.past = np.concatenate(parts, axis=3, out=free[: math.prod(shape)].reshape(shape))
 
 
 class OnnxGPT:
@@ -124,7 +133,7 @@ class OnnxGPT:
         if past + idx.shape[1] > self.config.block_size:
             longest = self.config.block_size
             raise ValueError(f"{past + idx.shape[1]} tokens are more than the model's block_size of {longest}.")
-        feed = {"idx": idx.numpy()} | ({} if cache is None else cache.feed())
+        feed = {"idx": idx.numpy()} | ({} if cache is None else {"past": cache.past})
         logits, *rest = self.session.run(self.returns, feed)
         for name, tensor in zip(self.returns[1:], rest, strict=True):
             cache.take(name, tensor)
