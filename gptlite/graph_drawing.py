@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[str | None, str]] = {
 _FONT_SCALE = 0.86  # the layout is made for Helvetica; a page's own font may be wider, so that it is drawn smaller
 
 
-def draw(source: Any, alt: str, title: str | None = None) -> str:
+def draw_graph(source: Any, alt: str, title: str | None = None) -> str:
     """A drawing of the graph as a figure for any page of HTML: inline SVG, the same bytes for the same graph.
 
     `alt` says in a sentence what the drawing shows; under it stand `title` and what the colours mean. Its smallest text

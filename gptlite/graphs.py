@@ -68,7 +68,7 @@ def inside(source: Any, *module: str) -> Graph:
     return replace(graph, nodes=nodes, inputs=inputs, outputs=tuple(value for value in made if value in read_after))
 
 
-def compare(a: Any, b: Any) -> list[tuple[str, str]]:
+def compare_graphs(a: Any, b: Any) -> list[tuple[str, str]]:
     """What one graph has and the other has not, in order: ("-", "h.0/attn: Div") if a alone has it, "+" if b alone.
 
     The order is that of the data, whatever the order in which the same operators are listed. Where one of them knows no
@@ -85,8 +85,8 @@ def compare(a: Any, b: Any) -> list[tuple[str, str]]:
 
 
 def diff_markdown(a: Any, b: Any) -> str:
-    """`compare` as a fenced block of Markdown, which pages colour; a sentence if nothing differs."""
-    lines = [f"{mark} {line}" for mark, line in compare(a, b)]
+    """`compare_graphs` as a fenced block of Markdown, which pages colour; a sentence if nothing differs."""
+    lines = [f"{mark} {line}" for mark, line in compare_graphs(a, b)]
     return "\n".join(["```diff", *lines, "```"]) if lines else "The two graphs have the same operators."
 
 

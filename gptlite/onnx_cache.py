@@ -64,7 +64,7 @@ def _grouped(a: Tensor, b: Tensor) -> Tensor:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`sdpa_attention` with its mask always given: it has an `if` on T, and an export asks that once."""
+    """`sdpa_attention` with its mask always given: its comparisons of T an export would decide once, for all T."""
     return sdpa_attention(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device) if mask is None else mask)
 
 
@@ -112,7 +112,7 @@ class CachedGPT(nn.Module):
 
 
 class AppendingGPT(CachedGPT):
-    """logits (B, 1, V), new = model(idx (B, T), past): the caller appends `new` (.., T, D); no past is copied here."""
+    """logits (B, 1, V), new = model(idx (B, T), past): the caller appends `new` (.., T, D), and no graph joins it."""
 
     layer, attention, returns = PairLayer, staticmethod(two_part_attention), "new"
 

@@ -62,7 +62,7 @@ def export(
     opset: int = OPSET,
     **options: Any,
 ) -> "onnx.ModelProto":
-    """The ONNX graph of a module, captured by `torch.export` from `args`, which must have no dynamic dimension of 1.
+    """The ONNX graph of a module, captured by `torch.export` from `args`, with no dynamic size under 2.
 
     `dynamic` names the dimensions that vary: {"idx": {0: "B", 1: "T"}}. `training` exports what the module does in
     training, dropout included; its mode is put back afterwards. `options` go to `torch.onnx.export`.
@@ -73,8 +73,9 @@ def export(
     shapes = tuple(dict((dynamic or {}).get(name, {})) for name in inputs)
     for name, tensor, sizes in zip(inputs, args, shapes, strict=True):
         for i, letter in sizes.items():
-            if tensor.shape[i] == 1:
-                raise ValueError(f"{name} is given with {letter} = 1, which torch.export takes for a constant; give 2.")
+            if (size := tensor.shape[i]) < 2:
+                found = f"{name} is given with {letter} = {size}"
+                raise ValueError(f"{found}, which torch.export takes for a constant; give 2 or more.")
     if isinstance(module, torch._dynamo.OptimizedModule):
         shapes = (shapes,)  # a compiled module takes *args, one tuple
     with _mode(module, training), _quiet():

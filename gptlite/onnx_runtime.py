@@ -41,14 +41,14 @@ def load_onnx(path: Path | str) -> "onnx.ModelProto":
 
 
 def check_onnx(model: "onnx.ModelProto", name: str = "the model") -> None:
-    """A ValueError, in a sentence, unless ONNX's own checker passes the graph and ONNX Runtime can read its opset."""
+    """A ValueError, in a sentence, unless ONNX's checker passes the graph and its opset is one that can be read."""
     import onnx
 
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     newest = onnx.defs.onnx_opset_version()
     if opset is None or not OLDEST_OPSET <= opset <= newest:
         raise ValueError(
-            f"{name} is written in opset {opset}, but opsets {OLDEST_OPSET} to {newest} can be run; export it again."
+            f"{name} is written in opset {opset}, but opsets {OLDEST_OPSET} to {newest} can be read; export it again."
         )
     if not model.graph.output:
         raise ValueError(f"{name} has no output; it is not a whole ONNX graph.")
@@ -123,9 +123,8 @@ class OnnxGPT:
 
     def __init__(self, session: "onnxruntime.InferenceSession", config: GPTConfig):
         self.session, self.config = session, config
-        self.returns = [
-            output.name for output in session.get_outputs()
-        ]  # logits; then present or new, if it has a cache
+        # logits; then, of a graph with a cache, present or new
+        self.returns = [output.name for output in session.get_outputs()]
 
     def __call__(self, idx: Tensor, cache: OnnxCache | None = None, last_only: bool = False) -> Tensor:
         """Logits (B, T, V) without a cache, or (B, 1, V), of the last position, with one."""
@@ -200,7 +199,11 @@ def _session(
     if missing:
         have = ", ".join(onnxruntime.get_available_providers())
         raise ValueError(f"this onnxruntime has no {missing[0]}; it has {have}.")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    except Exception as error:  # its exceptions have no common parent of their own
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"ONNX Runtime {onnxruntime.__version__} cannot run the model ({reason}).") from None
 
 
 def _external_files(model: "onnx.ModelProto") -> list[str]:

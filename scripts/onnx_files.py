@@ -45,6 +45,7 @@ def write_graphs(folder: Path) -> None:
         "block_script": onnx_export.export_torchscript(torch.jit.script(block), *given),
         "block_eval_raw": onnx_export.export(block, *given, optimize=False),
         "block_eval": onnx_export.export(block, *given),
+        "block_train": onnx_export.export(block, *given, training=True),
         "gpt": onnx_export.export_gpt(checkpoint.model),
         "gpt_appending": step,
         "gpt_optimized": optimized(step),
@@ -73,7 +74,7 @@ def write_models(folder: Path) -> None:
             "file": f"{name}.onnx",
             "bytes": len(content),
             "compressed": len(gzip.compress(content, 6)),
-            "ops": len(rest),  # all but the products, which are predicted apart
+            "ops": len(rest),  # all but products; attention's own and the head's are in no term
         }
         write_atomically(folder / f"calibrate-{name}.onnx", products_only(config, PRODUCTS[name]).SerializeToString())
     write_atomically(folder / "calibrate-ops.onnx", additions(config).SerializeToString())
@@ -141,7 +142,7 @@ PRODUCTS: dict[str, Product] = {"fp32": fp32_product, "int8": int8_product, "int
 
 
 def products_only(config: GPTConfig, product: Product) -> onnx.ModelProto:
-    """y (R, C) = all products of the model with weights, and nothing else, of x (R, C)."""
+    """y (R, C) = all products of the blocks with weights, and nothing else, of x (R, C)."""
     C, A, hidden = config.n_embd, config.n_head * config.head_dim, config.hidden
     nodes, constants, x = [], [], "x"
     ends = [numpy_helper.from_array(np.array([n]), name) for name, n in (("from", 0), ("to", A), ("axis", 1))]

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlite.graphs import Graph, Node, compare, count, diff_markdown, inside, read
+from gptlite.graphs import Graph, Node, compare_graphs, count, diff_markdown, inside, read
 from gptlite.model import GPT, Block, GPTConfig, naive_attention
 
 onnx = pytest.importorskip("onnx")
@@ -242,8 +242,8 @@ def test_without_onnx_a_sentence_says_what_to_install(monkeypatch):
 
 
 def test_comparing_names_what_one_graph_alone_has():
-    assert compare(perceptron(), perceptron(dropout=True)) == [("+", "dropout: Dropout")]
-    assert compare(perceptron(dropout=True), perceptron()) == [("-", "dropout: Dropout")]
+    assert compare_graphs(perceptron(), perceptron(dropout=True)) == [("+", "dropout: Dropout")]
+    assert compare_graphs(perceptron(dropout=True), perceptron()) == [("-", "dropout: Dropout")]
     assert diff_markdown(perceptron(), perceptron(dropout=True)) == "```diff\n+ dropout: Dropout\n```"
 
 
@@ -252,7 +252,7 @@ def test_a_graph_does_not_differ_from_itself_listed_in_another_order(exports):
     shape = next(node for node in graph.nodes if node.op == "Trilu")
     moved = [node for node in graph.nodes if node != shape]
     moved.insert(moved.index(next(node for node in moved if node.op == "Not")), shape)
-    assert compare(graph, Graph(tuple(moved), graph.inputs, graph.outputs, {}, graph.constants)) == []
+    assert compare_graphs(graph, Graph(tuple(moved), graph.inputs, graph.outputs, {}, graph.constants)) == []
     assert diff_markdown(graph, graph) == "The two graphs have the same operators."
 
 
@@ -260,14 +260,14 @@ def test_a_graph_that_knows_no_modules_is_compared_by_operators_alone():
     nameless = perceptron(dropout=True)
     for node in nameless.graph.node:
         node.name = ""
-    assert compare(perceptron(), nameless) == [("+", "Dropout")]
+    assert compare_graphs(perceptron(), nameless) == [("+", "Dropout")]
 
 
 def test_what_a_quantizer_adds_is_put_where_it_is_read(exports):
     quantization = pytest.importorskip("onnxruntime.quantization")
     path = exports["dynamo"].with_name("int8.onnx")
     quantization.quantize_dynamic(exports["dynamo"], path)
-    changes = compare(exports["dynamo"], path)
+    changes = compare_graphs(exports["dynamo"], path)
     assert changes.count(("-", "mlp/c_fc: MatMul")) == 1 and changes.count(("+", "mlp/c_fc: MatMulInteger")) == 1
     assert [line for mark, line in changes if mark == "-"] == [
         f"{module}: MatMul" for module in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")

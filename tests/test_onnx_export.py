@@ -125,9 +125,10 @@ def test_the_older_exporter_follows_a_module_s_mode_only_when_told(block, x):
     assert counts == [0, 3, 3]
 
 
-def test_a_dynamic_dimension_of_one_is_refused(block):
-    with pytest.raises(ValueError, match=r"^x is given with B = 1, which .* give 2\.$"):
-        export(block, [torch.zeros(1, 6, 16)], *BLOCK)
+@pytest.mark.parametrize("B", [0, 1])
+def test_a_dynamic_size_that_would_become_a_constant_is_refused(block, B):
+    with pytest.raises(ValueError, match=rf"^x is given with B = {B}, which .* give 2 or more\.$"):
+        export(block, [torch.zeros(B, 6, 16)], *BLOCK)
 
 
 def test_an_opset_that_is_too_old_is_refused(block, x):

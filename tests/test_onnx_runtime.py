@@ -84,7 +84,7 @@ def test_no_file_is_said(tmp_path):
 
 @pytest.mark.parametrize("opset", [6, 99])
 def test_an_opset_that_cannot_be_run_is_refused(opset):
-    with pytest.raises(ValueError, match=rf"^it is written in opset {opset}, but opsets 7 to \d+ can be run"):
+    with pytest.raises(ValueError, match=rf"^it is written in opset {opset}, but opsets 7 to \d+ can be read"):
         check_onnx(doubled(opset), "it")
 
 
@@ -146,3 +146,11 @@ def test_without_onnx_runtime_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ImportError, match="pip install onnxruntime"):
         open_session(doubled())
+
+
+def test_what_the_runtime_cannot_run_is_a_sentence():
+    model = doubled()
+    model.graph.node[0].op_type, model.graph.node[0].domain = "Nothing", "nobody"
+    model.opset_import.append(helper.make_opsetid("nobody", 1))
+    with pytest.raises(ValueError, match=r"^ONNX Runtime [\d.]+ cannot run the model \(.*Nothing.*\)\.$"):
+        open_session(model)

@@ -6,9 +6,9 @@ import { OPTIONS, keeper } from "./load.js";
 
 /**
  * How often a token's step moves the cache: `append` shifts it, it is copied into WebAssembly's memory, the graph takes
- * it apart by layer and joins the new part to it, and attention reads it.
+ * it apart by layer, and attention reads it.
  */
-export const COPIES = 5;
+export const COPIES = 4;
 
 /** Bytes of one weight, as the kernels read it; in 4 bits, 32 weights share a scale. */
 export const WEIGHT_BYTES = { fp32: 4, int8: 1, int4: 0.5 + 4 / 32 };
