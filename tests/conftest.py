@@ -1,11 +1,13 @@
 """What several tests share."""
 
 import os
+import shutil
 
 import hypothesis
 import pytest
 import sums
 import torch
+from screenshot import CHROMIUM_FLAGS
 
 from gptlite.corpus import Corpus, load_corpus
 from gptlite.model import GPT, GPTConfig
@@ -28,6 +30,20 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for the tests of one file; without it they are skipped, or, in continuous integration, fail."""
+    playwright_api = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        message = "there is no Chromium here; install it (on Debian and Ubuntu: apt-get install chromium)."
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

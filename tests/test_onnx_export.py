@@ -43,15 +43,8 @@ def x() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> GPT:
-    from gptlite.model import GPTConfig
-
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=24, vocab_size=17)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
+def tiny(make_model) -> GPT:
+    return make_model(n_kv_head=2)
 
 
 @pytest.fixture(scope="module")

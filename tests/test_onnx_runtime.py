@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -28,13 +30,8 @@ CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=11)
 
 
 @pytest.fixture(scope="module")
-def tiny() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(CONFIG).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
+def tiny(make_model) -> GPT:
+    return make_model(**asdict(CONFIG))
 
 
 @pytest.fixture(scope="module")

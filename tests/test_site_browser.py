@@ -1,22 +1,18 @@
 """The built site in Chromium: what a reader sees on a desk, on a phone, in the dark, on paper, by screen reader."""
 
 import gzip
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import setup_cell
-from screenshot import CHROMIUM_FLAGS, serving
+from screenshot import serving
 from site_files import built_site, chapters, documents
 
-playwright_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.site]
 
 MAX_BYTES = 1_500_000  # on the wire: static hosts compress text
 PHONE = {"width": 360, "height": 740}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGES = [f"{name}.html" for name in documents()]
 CHAPTERS = [f"notebooks/{name}.html" for name in chapters()]
 
@@ -25,17 +21,6 @@ CHAPTERS = [f"notebooks/{name}.html" for name in chapters()]
 def address() -> Iterator[str]:
     with serving(built_site()) as where:
         yield where
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        message = "there is no Chromium here; install it (on Debian and Ubuntu: apt-get install chromium)."
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

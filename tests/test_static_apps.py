@@ -16,11 +16,10 @@ from urllib.parse import parse_qs, urljoin, urlsplit
 
 import pytest
 import static_apps
-from screenshot import CHROMIUM_FLAGS, serving
+from screenshot import serving
 from site_files import ROOT, SITE, pages
 from static_apps import AppError
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NODES = ("first_product", "the_softmax", "last_product")
 
 
@@ -329,18 +328,6 @@ def address(tmp_path_factory) -> Iterator[str]:
     (site / "pages" / "page.html").write_text(PAGE)
     with serving(site.parent.parent) as where:
         yield f"{where}/some/book"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        message = "there is no Chromium here; install it (on Debian and Ubuntu: apt-get install chromium)."
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from screenshot import CHROMIUM_FLAGS, serving
+from screenshot import serving
 from site_files import built_site
-from test_site_browser import CHROMIUM, PHONE, axe_faults
+from test_site_browser import PHONE, axe_faults
 
 from gptlite.checkpoints import load_pretrained
 from gptlite.generate import generate
@@ -54,17 +54,6 @@ def about(site) -> dict:
 def address(site) -> Iterator[str]:
     with serving(site) as where:
         yield where
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        message = "there is no Chromium here; install it (on Debian and Ubuntu: apt-get install chromium)."
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
 
 
 def open_in(context, where: str):

@@ -14,7 +14,7 @@ export const COPIES = 4;
 export const WEIGHT_BYTES = { fp32: 4, int8: 1, int4: 0.5 + 4 / 32 };
 
 /** Seconds for which a calibration runs before it counts, and of a batch that counts. */
-const WARM_UP = 0.5, BATCH = 0.02;
+const WARM_UP = 0.3, BATCH = 0.02;
 
 /** Weights in the matrix products of the blocks; each token needs each of them once. */
 export const weights = ({ n_layer, n_embd }) => 12 * n_layer * n_embd ** 2;
