@@ -94,8 +94,9 @@ def write_models(folder: Path) -> None:
 
 
 # A product (R, K) x (K, N), its weight made of one number when the file is loaded: a few kilobytes of file read as many
-# bytes a step as the model. The numbers differ, or the runtime would make equal weights one.
-Product = Callable[[str, str, int, int, float], tuple[list[onnx.NodeProto], list[onnx.TensorProto]]]
+# bytes a step as the model. The numbers differ by layer, or the runtime would make equal weights one, and they keep what
+# passes through them near its size.
+Product = Callable[[str, str, int, int, int], tuple[list[onnx.NodeProto], list[onnx.TensorProto]]]
 
 
 def _expand(name: str, value: np.ndarray, shape: list[int]) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
@@ -106,24 +107,24 @@ def _expand(name: str, value: np.ndarray, shape: list[int]) -> tuple[onnx.NodePr
     return helper.make_node("Expand", [f"{name}.one", f"{name}.shape"], [name]), constants
 
 
-def fp32_product(x: str, y: str, K: int, N: int, value: float) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+def fp32_product(x: str, y: str, K: int, N: int, i: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """MatMul with a float32 weight."""
-    weight, constants = _expand(f"{y}.w", np.array(value / K, np.float32), [K, N])
+    weight, constants = _expand(f"{y}.w", np.array((1 + i / 100) / K, np.float32), [K, N])
     return [weight, helper.make_node("MatMul", [x, f"{y}.w"], [y])], constants
 
 
-def int8_product(x: str, y: str, K: int, N: int, value: float) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+def int8_product(x: str, y: str, K: int, N: int, i: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """What the runtime makes of a dynamically quantized product: one operator."""
-    weight, constants = _expand(f"{y}.w", np.array(64 * value, np.int8), [K, N])
-    constants.append(numpy_helper.from_array(np.array(0.01 / K, np.float32), f"{y}.scale"))
+    weight, constants = _expand(f"{y}.w", np.array(64 + i, np.int8), [K, N])
+    constants.append(numpy_helper.from_array(np.array(1 / (64 * K), np.float32), f"{y}.scale"))
     product = helper.make_node("DynamicQuantizeMatMul", [x, f"{y}.w", f"{y}.scale"], [y], domain="com.microsoft")
     return [weight, product], constants
 
 
-def int4_product(x: str, y: str, K: int, N: int, value: float) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """MatMulNBits: two weights a byte, a scale a group."""
-    weight, constants = _expand(f"{y}.w", np.array(128 * value, np.uint8), [N, K // GROUP, GROUP // 2])
-    scale, more = _expand(f"{y}.s", np.array(0.1 / K, np.float32), [N * K // GROUP])
+def int4_product(x: str, y: str, K: int, N: int, i: int) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """MatMulNBits: two weights a byte, i and 6 - i, each stored with 8 added; a scale a group. For 8 layers at most."""
+    weight, constants = _expand(f"{y}.w", np.array(16 * (8 + i) + 14 - i, np.uint8), [N, K // GROUP, GROUP // 2])
+    scale, more = _expand(f"{y}.s", np.array((1 + i / 100) / (3 * K), np.float32), [N * K // GROUP])
     product = helper.make_node(
         "MatMulNBits",
         [x, f"{y}.w", f"{y}.s"],
@@ -147,7 +148,6 @@ def products_only(config: GPTConfig, product: Product) -> onnx.ModelProto:
     nodes, constants, x = [], [], "x"
     ends = [numpy_helper.from_array(np.array([n]), name) for name, n in (("from", 0), ("to", A), ("axis", 1))]
     for i in range(config.n_layer):
-        value = 1 + i / (2 * config.n_layer)  # from 1 up to 1.5
         chain = (
             ("qkv", C, A + 2 * config.kv_heads * config.head_dim),
             ("out", A, C),
@@ -158,7 +158,7 @@ def products_only(config: GPTConfig, product: Product) -> onnx.ModelProto:
             if name == "out":  # the projection back reads as many channels as the queries have
                 nodes.append(helper.make_node("Slice", [x, "from", "to", "axis"], [f"{x}.heads"]))
                 x = f"{x}.heads"
-            more, given = product(x, f"{name}.{i}", K, N, value)
+            more, given = product(x, f"{name}.{i}", K, N, i)
             nodes, constants, x = nodes + more, constants + given, f"{name}.{i}"
     nodes.append(helper.make_node("Identity", [x], ["y"]))
     return _model("products", nodes, ["R", C], [*constants, *ends])

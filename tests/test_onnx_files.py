@@ -50,7 +50,7 @@ def test_a_calibration_multiplies_what_the_blocks_multiply(models, precision):
     for rows in (1, 5):
         y = open_session(path, threads=1).run(None, {"x": np.ones((rows, config.n_embd), np.float32)})[0]
         assert y.shape == (rows, config.n_embd)
-        assert np.isfinite(y).all() and np.abs(y).min() > 1e-30  # neither overflow nor numbers too small to be fast
+        assert 0.1 < y.min() <= y.max() < 10  # neither overflow nor numbers too small to be fast
 
 
 def test_the_additions_are_as_many_as_they_say(models):
