@@ -94,7 +94,7 @@ def write_models(folder: Path) -> None:
 
 
 # A product (R, K) x (K, N), its weight made of one number when the file is loaded: a few kilobytes of file read as many
-# bytes a step as the model. The numbers differ by layer, or the runtime would make equal weights one, and they keep what
+# bytes a step as the model. The numbers differ by layer, or the runtime would make equal weights one, and keep what
 # passes through them near its size.
 Product = Callable[[str, str, int, int, int], tuple[list[onnx.NodeProto], list[onnx.TensorProto]]]
 
