@@ -13,6 +13,7 @@ from gptlite.model import GPT, naive_attention
 from gptlite.onnx_cache import AppendingGPT, CachedGPT, empty_past, masked_attention, two_part_attention
 from gptlite.onnx_export import TwoHeadBlock, export, export_cached, export_gpt, export_torchscript
 
+pytestmark = pytest.mark.slow  # a first export takes ten seconds, which is importing
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")

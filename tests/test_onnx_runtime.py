@@ -19,6 +19,7 @@ from gptlite.onnx_runtime import (
     optimized,
 )
 
+pytestmark = pytest.mark.slow  # a first export takes ten seconds, which is importing
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -7,6 +7,7 @@ import torch
 from gptlite.model import GPT, GPTConfig
 from gptlite.onnx_runtime import OnnxCache, OnnxGPT, check_onnx, open_session
 
+pytestmark = pytest.mark.slow  # a first export takes ten seconds, which is importing
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
