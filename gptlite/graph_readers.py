@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,22 +60,6 @@ class Graph:
     outputs: tuple[str, ...]
     shapes: dict[str, str]
     constants: frozenset[str]  # values that no input can change: weights, buffers, numbers
-
-
-def load_onnx(path: Path) -> "onnx.ModelProto":
-    """The model in a file, without weights that lie beside it; an error says if it is missing, cut short or no ONNX."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; export the model first.")
-    try:
-        model = onnx.ModelProto.FromString(path.read_bytes())
-    except DecodeError:
-        model = None
-    if model is None or not (model.ir_version and model.opset_import and model.HasField("graph")):
-        raise ValueError(f"{path} is no ONNX model, or was cut short; export it again.")
-    return model
 
 
 def read_onnx(model: "onnx.ModelProto") -> Graph:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from gptlite.graph_readers import Graph, Node, load_onnx, read_fx, read_onnx
+from gptlite.graph_readers import Graph, Node, read_fx, read_onnx
+from gptlite.onnx_runtime import parse_onnx
 
 
 def read(source: Any) -> Graph:
@@ -35,7 +36,7 @@ def read(source: Any) -> Graph:
     except ImportError:
         raise ImportError("reading an ONNX model needs onnx: pip install onnx.") from None
     if isinstance(source, str | Path):
-        return read_onnx(load_onnx(Path(source)))
+        return read_onnx(parse_onnx(Path(source)))
     if type(source).__module__.startswith("onnx_ir"):
         import onnx_ir
 

@@ -1,6 +1,6 @@
 """A GPT with its KV cache as an input and an output: a function without state, as a graph in a file has to be.
 
-Two forms: the whole cache comes back (`CachedGPT`), as most exporters do it, or only what is new (`AppendingGPT`).
+Two forms: the whole cache comes back (`CachedGPT`), or only what is new (`AppendingGPT`).
 """
 
 import copy
@@ -32,7 +32,7 @@ class ConcatLayer:
 
 
 class PairLayer(ConcatLayer):
-    """One layer's past, left where it is: `two_part_attention` reads it and what is new as they stand."""
+    """One layer's past, not joined with what is new: `two_part_attention` reads each as it stands."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Pairs of past (B, H_kv, P, D) and new (B, H_kv, T, D)."""
@@ -42,7 +42,7 @@ class PairLayer(ConcatLayer):
 
     def mask(self, T: int) -> Tensor:
         """True (T, T) where a query may see a new key; it sees the whole past."""
-        return torch.ones(T, T, dtype=torch.bool).tril()
+        return causal_mask(T, T)
 
 
 def two_part_attention(q: Tensor, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:

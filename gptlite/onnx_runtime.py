@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptlite.model import GPTConfig
+from gptlite.onnx_cache import empty_past
 
 if TYPE_CHECKING:
     import onnx
@@ -18,18 +19,28 @@ if TYPE_CHECKING:
 OLDEST_OPSET = 7  # ONNX Runtime reads operator sets from this one on
 
 
-def load_onnx(path: Path | str) -> "onnx.ModelProto":
-    """A model from a file, whole and checked; a sentence says what is wrong with any other file."""
+def parse_onnx(path: Path) -> "onnx.ModelProto":
+    """The model in a file, without weights that lie beside it; an error says if it is missing, cut short or no ONNX."""
     import onnx
     from google.protobuf.message import DecodeError
 
-    path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no ONNX file at {path}.")
+        raise FileNotFoundError(f"there is no ONNX file at {path}; export the model first.")
     try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, onnx.checker.ValidationError):
-        raise ValueError(f"{path.name} is not a whole ONNX file; export it again.") from None
+        model = onnx.ModelProto.FromString(path.read_bytes())
+    except DecodeError:
+        model = None
+    if model is None or not (model.ir_version and model.opset_import and model.HasField("graph")):
+        raise ValueError(f"{path.name} is no ONNX model, or was cut short; export it again.")
+    return model
+
+
+def load_onnx(path: Path | str) -> "onnx.ModelProto":
+    """A model from a file, with all its weights, and checked; a sentence says what is wrong with any other file."""
+    import onnx
+
+    path = Path(path)
+    model = parse_onnx(path)
     missing = sorted({where for where in _external_files(model) if not (path.parent / where).is_file()})
     if missing:
         raise FileNotFoundError(
@@ -154,12 +165,18 @@ class BoundGPT(OnnxGPT):
         return torch.from_numpy(logits.numpy())
 
 
-class BoundCache(OnnxCache):
+class BoundCache:
     """A cache whose past is a value of ONNX Runtime; for a graph that returns `present`."""
 
     def __init__(self, config: GPTConfig, B: int = 1):
-        super().__init__(config, B)
+        self.max_len = config.block_size
+        self.empty = empty_past(config, B).numpy()
         self.rewind(0)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, P."""
+        return self.value.shape()[3]
 
     def rewind(self, length: int = 0) -> None:
         """Forget everything; only that is possible here."""
@@ -167,12 +184,7 @@ class BoundCache(OnnxCache):
 
         if length:
             raise ValueError(f"a bound cache can be rewound to 0 alone, not to {length}.")
-        self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.past)
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache, P."""
-        return self.value.shape()[3] if hasattr(self, "value") else 0
+        self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.empty)
 
 
 def _options(threads: int | None, optimize: bool) -> "onnxruntime.SessionOptions":

@@ -226,7 +226,7 @@ def test_another_kind_of_file_is_no_model(tmp_path, content):
 
 
 def test_a_missing_file_and_an_unsupported_source_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.onnx"):
+    with pytest.raises(FileNotFoundError, match=r"there is no ONNX file at .*none\.onnx"):
         read(tmp_path / "none.onnx")
     with pytest.raises(TypeError, match=r"^Linear is no graph that can be read"):
         read(nn.Linear(1, 1))
