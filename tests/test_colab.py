@@ -28,6 +28,8 @@ NAMES = sorted(path.stem for path in notebook_files.NOTEBOOKS.glob("*.ipynb"))
 
 WHOLE = "baseline"
 
+MAGIC = re.compile(r"^([ \t]*)[!%].*", re.MULTILINE)  # a line for IPython, such as `%pip install onnx`
+
 RUN_ALL = """
 import json, sys
 import nbclient, nbformat
@@ -52,8 +54,7 @@ def run(command, **options):
 
 def imports(source):
     """The import statements in a notebook's cell, but for those in a `try`, which says what to do without."""
-    source = "\n".join("" if re.match(r"\s*[!%]", line) else line for line in source.splitlines())
-    found, waiting = [], [ast.parse(source)]
+    found, waiting = [], [ast.parse(MAGIC.sub(r"\1pass", source))]
     while waiting:
         node = waiting.pop(0)
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -64,12 +65,13 @@ def imports(source):
 
 
 def shortened(notebook):
-    """The notebook's setup cell, and one with all that it imports; the package's C++ is compiled where it is used."""
-    setup, *rest = (cell for cell in notebook["cells"] if cell["cell_type"] == "code")
-    lines = [line for cell in rest for line in imports("".join(cell["source"]))]
+    """The cells that install something, and one with all imports; the package's C++ is compiled where it is used."""
+    cells = [{**cell, "source": "".join(cell["source"])} for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    installing = [cell for cell in cells if MAGIC.search(cell["source"])]
+    lines = [line for cell in cells if cell not in installing for line in imports(cell["source"])]
     if any("load_kernels" in line for line in lines):
         lines.append("load_kernels()")
-    return {**notebook, "cells": [setup, {**setup, "id": "imports", "source": "\n".join(lines)}]}
+    return {**notebook, "cells": [*installing, {**cells[0], "id": "imports", "source": "\n".join(lines)}]}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,8 @@ def test_a_notebook_runs_where_only_torch_is_installed(tmp_path, python, reposit
 
 
 CELL = """%pip install x
+if a:
+    !clone
 if a:
     import b.c
 
