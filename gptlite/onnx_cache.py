@@ -1,6 +1,6 @@
 """A GPT with its KV cache as an input and an output: a function without state, as a graph in a file has to be.
 
-Two forms: the whole cache comes back (`CachedGPT`), or only what is new (`AppendingGPT`).
+The whole cache comes back (`CachedGPT`), or only what is new (`AppendingGPT`); each as one tensor, or as one a layer.
 """
 
 import copy
@@ -91,24 +91,28 @@ class PastCache:
     def advance(self, T: int) -> None:
         """Nothing to count: the length is the past's shape."""
 
-    def stacked(self) -> Tensor:
-        """Keys and values of all layers, k before v: (2 n_layer, B, H_kv, P + T or T, D)."""
-        return torch.stack([tensor for layer in self.layers for tensor in (layer.k, layer.v)])
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of each layer, k before v: 2 n_layer of them, each (B, H_kv, P + T or T, D)."""
+        return [tensor for layer in self.layers for tensor in (layer.k, layer.v)]
 
 
 class CachedGPT(nn.Module):
-    """logits (B, 1, V), present = model(idx (B, T), past): a function without state; `present` is the next `past`."""
+    """logits (B, 1, V), present = model(idx (B, T), past): a function without state; `present` is the next `past`.
+
+    Past and present are one tensor (2 n_layer, B, H_kv, .., D), taken apart and stacked again in the graph, or, with
+    `by_layer`, arguments and outputs of their own for the keys and the values of each layer, each (B, H_kv, .., D).
+    """
 
     layer, attention, returns = ConcatLayer, staticmethod(masked_attention), "present"
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, by_layer: bool = False):
         super().__init__()
-        self.model = copy.deepcopy(model).set_attention(self.attention)
+        self.model, self.by_layer = copy.deepcopy(model).set_attention(self.attention), by_layer
 
-    def forward(self, idx: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        cache = PastCache(past, self.layer)
+    def forward(self, idx: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        cache = PastCache(past if self.by_layer else past[0], self.layer)
         logits = self.model(idx, cache, last_only=True)
-        return logits, cache.stacked()
+        return (logits, *cache.tensors()) if self.by_layer else (logits, torch.stack(cache.tensors()))
 
 
 class AppendingGPT(CachedGPT):
@@ -117,6 +121,12 @@ class AppendingGPT(CachedGPT):
     layer, attention, returns = PairLayer, staticmethod(two_part_attention), "new"
 
 
-def empty_past(config: GPTConfig, B: int = 1, P: int = 0) -> Tensor:
-    """Zeros (2 n_layer, B, H_kv, P, D); with P = 0 what the first call needs."""
-    return torch.zeros(2 * config.n_layer, B, config.kv_heads, P, config.head_dim)
+def cache_names(config: GPTConfig, word: str, by_layer: bool) -> list[str]:
+    """What a graph calls its past, present or new, as `word` says: one name, or `past.k0, past.v0, past.k1, ...`."""
+    return [f"{word}.{kind}{i}" for i in range(config.n_layer) for kind in "kv"] if by_layer else [word]
+
+
+def empty_past(config: GPTConfig, B: int = 1, P: int = 0, by_layer: bool = False) -> list[Tensor]:
+    """What a `CachedGPT` is called with after idx, all zeros; with P = 0 what the first call needs."""
+    shape = (B, config.kv_heads, P, config.head_dim)
+    return list(torch.zeros(2 * config.n_layer, *shape)) if by_layer else [torch.zeros(2 * config.n_layer, *shape)]

@@ -1,6 +1,7 @@
 """ONNX export: a model captured as one graph, in a file that needs no Python to run (https://onnx.ai)."""
 
 import copy
+import inspect
 import io
 import logging
 import math
@@ -14,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from gptlite.model import GPT
-from gptlite.onnx_cache import AppendingGPT, CachedGPT, empty_past, masked_attention
+from gptlite.onnx_cache import AppendingGPT, CachedGPT, cache_names, empty_past, masked_attention
 
 if TYPE_CHECKING:
     import onnx
@@ -76,8 +77,10 @@ def export(
             if (size := tensor.shape[i]) < 2:
                 found = f"{name} is given with {letter} = {size}"
                 raise ValueError(f"{found}, which torch.export takes for a constant; give 2 or more.")
-    if isinstance(module, torch._dynamo.OptimizedModule):
-        shapes = (shapes,)  # a compiled module takes *args, one tuple
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # as in forward(idx, *past), or in any compiled module
+        first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        shapes = (*shapes[:first], shapes[first:])  # `*past` is one argument, a tuple
     with _mode(module, training), _quiet():
         program = torch.onnx.export(
             module,
@@ -133,12 +136,16 @@ def export_gpt(model: GPT, **options: Any) -> "onnx.ModelProto":
     return export(model, [idx], ["idx"], ["logits"], {"idx": {0: "B", 1: "T"}}, **options)
 
 
-def export_cached(model: GPT, form: type[CachedGPT] = AppendingGPT, **options: Any) -> "onnx.ModelProto":
+def export_cached(
+    model: GPT, form: type[CachedGPT] = AppendingGPT, by_layer: bool = False, **options: Any
+) -> "onnx.ModelProto":
     """One step with a cache: idx (B, T), past -> logits, and `present` or `new` as `form` says, for any B, T and P."""
-    module, config = form(model), model.config
-    args = [torch.zeros(2, 3, dtype=torch.long), empty_past(config, 2, 5)]
-    dynamic = {"idx": {0: "B", 1: "T"}, "past": {1: "B", 3: "P"}}
-    return export(module, args, ["idx", "past"], ["logits", form.returns], dynamic, **options)
+    module, config = form(model, by_layer), model.config
+    args = [torch.zeros(2, 3, dtype=torch.long), *empty_past(config, 2, 5, by_layer)]
+    past = cache_names(config, "past", by_layer)
+    returned = cache_names(config, form.returns, by_layer)
+    dynamic = {"idx": {0: "B", 1: "T"}} | dict.fromkeys(past, {0: "B", 2: "P"} if by_layer else {1: "B", 3: "P"})
+    return export(module, args, ["idx", *past], ["logits", *returned], dynamic, **options)
 
 
 def _without_paths(model: "onnx.ModelProto") -> "onnx.ModelProto":

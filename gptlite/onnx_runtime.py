@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptlite.model import GPTConfig
-from gptlite.onnx_cache import empty_past
+from gptlite.onnx_cache import cache_names, empty_past
 
 if TYPE_CHECKING:
     import onnx
@@ -91,42 +91,57 @@ def optimized(model: "onnx.ModelProto") -> "onnx.ModelProto":
         return onnx.load(options.optimized_model_filepath)
 
 
+class PastTensor:
+    """Keys or values, or all of both, of P tokens: an array (.., P, D) that grows by what comes behind it."""
+
+    def __init__(self, shape: tuple[int, ...], max_len: int):
+        full = math.prod(shape[:-2]) * max_len * shape[-1]
+        self.buffers = [np.empty(full, np.float32) for _ in range(2)]  # memory that is new at each step would cost more
+        self.value = self.buffers[0][:0].reshape(shape)
+
+    def join(self, *parts: np.ndarray) -> None:
+        """Become the parts (.., P, D), one behind the other, in the buffer that is not in use."""
+        shape = (*parts[0].shape[:-2], sum(part.shape[-2] for part in parts), parts[0].shape[-1])
+        free = next(buffer for buffer in self.buffers if not np.may_share_memory(buffer, self.value))
+        self.value = np.concatenate(parts, axis=-2, out=free[: math.prod(shape)].reshape(shape))
+
+
 class OnnxCache:
-    """The past (2 n_layer, B, H_kv, P, D) that a graph without state is given again at each step.
+    """The past that a graph without state is given again at each step, in one tensor or, `by_layer`, in 2 n_layer.
 
     It stands where a `gptlite.kv_cache.KVCache` would in `generate` and `measure_generation`.
     """
 
-    def __init__(self, config: GPTConfig, B: int = 1):
+    def __init__(self, config: GPTConfig, B: int = 1, by_layer: bool = False):
         self.max_len = config.block_size
-        shape = (2 * config.n_layer, B, config.kv_heads, 0, config.head_dim)
-        full = math.prod(shape[:3]) * self.max_len * shape[4]
-        self.buffers = [np.empty(full, np.float32) for _ in range(2)]  # memory that is new at each step would cost more
-        self.past = self.buffers[0][:0].reshape(shape)
+        shape = (B, config.kv_heads, 0, config.head_dim)
+        shape = shape if by_layer else (2 * config.n_layer, *shape)
+        self.past = {name: PastTensor(shape, self.max_len) for name in cache_names(config, "past", by_layer)}
 
     @property
     def length(self) -> int:
         """Tokens in the cache, P."""
-        return self.past.shape[3]
+        return next(iter(self.past.values())).value.shape[-2]
+
+    def feed(self) -> dict[str, np.ndarray]:
+        """The graph's inputs beside idx."""
+        return {name: tensor.value for name, tensor in self.past.items()}
 
     def rewind(self, length: int = 0) -> None:
         """Forget all but the first `length` tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"a cache of {self.length} tokens cannot be rewound to {length}.")
-        self._join(self.past[:, :, :, :length])
+        for tensor in self.past.values():
+            tensor.join(tensor.value[..., :length, :])
 
-    def take(self, name: str, tensor: np.ndarray) -> None:
-        """What a step returned: all of the cache (`present`), or what comes behind it (`new`)."""
-        if name == "present":
-            self.past = tensor
+    def take(self, name: str, array: np.ndarray) -> None:
+        """What a step returned: a tensor as a whole (`present`, `present.k0`), or what comes behind it (`new.k0`)."""
+        word, dot, layer = name.partition(".")
+        tensor = self.past[f"past{dot}{layer}"]
+        if word == "present":
+            tensor.value = array
         else:
-            self._join(self.past, tensor)
-
-    def _join(self, *parts: np.ndarray) -> None:
-        """Parts (2 n_layer, B, H_kv, .., D), one behind the other, in the buffer that is not in use."""
-        shape = (*parts[0].shape[:3], sum(part.shape[3] for part in parts), parts[0].shape[4])
-        free = next(buffer for buffer in self.buffers if not np.may_share_memory(buffer, self.past))
-        self.past = np.concatenate(parts, axis=3, out=free[: math.prod(shape)].reshape(shape))
+            tensor.join(tensor.value, array)
 
 
 class OnnxGPT:
@@ -143,10 +158,10 @@ class OnnxGPT:
         if past + idx.shape[1] > self.config.block_size:
             longest = self.config.block_size
             raise ValueError(f"{past + idx.shape[1]} tokens are more than the model's block_size of {longest}.")
-        feed = {"idx": idx.numpy()} | ({} if cache is None else {"past": cache.past})
+        feed = {"idx": idx.numpy()} | ({} if cache is None else cache.feed())
         logits, *rest = self.session.run(self.returns, feed)
-        for name, tensor in zip(self.returns[1:], rest, strict=True):
-            cache.take(name, tensor)
+        for name, array in zip(self.returns[1:], rest, strict=True):
+            cache.take(name, array)
         return torch.from_numpy(logits[:, -1:] if last_only else logits)
 
 
@@ -166,11 +181,11 @@ class BoundGPT(OnnxGPT):
 
 
 class BoundCache:
-    """A cache whose past is a value of ONNX Runtime; for a graph that returns `present`."""
+    """A cache whose past is one value of ONNX Runtime; for a graph that returns one `present`."""
 
     def __init__(self, config: GPTConfig, B: int = 1):
         self.max_len = config.block_size
-        self.empty = empty_past(config, B).numpy()
+        self.empty = empty_past(config, B)[0].numpy()
         self.rewind(0)
 
     @property

@@ -21,7 +21,8 @@ pytest.importorskip("onnxruntime")
 from gptlite.onnx_runtime import OnnxCache, OnnxGPT, check_onnx, open_session  # noqa: E402
 
 BLOCK = (["x"], ["y"], {"x": {0: "B", 1: "T"}})
-FORMS = pytest.mark.parametrize("form", [CachedGPT, AppendingGPT])
+FORMS = [(form, by_layer) for form in (CachedGPT, AppendingGPT) for by_layer in (False, True)]
+EACH_FORM = pytest.mark.parametrize(("form", "by_layer"), FORMS)
 
 
 def count(model, op: str) -> int:
@@ -52,7 +53,7 @@ def tiny(make_model) -> GPT:
 def sessions(tiny):
     """The tiny GPT's graphs in ONNX Runtime, by what they return."""
     graphs = {"logits": export_gpt(tiny)} | {
-        form.returns: export_cached(tiny, form) for form in (CachedGPT, AppendingGPT)
+        (form, by_layer): export_cached(tiny, form, by_layer) for form, by_layer in FORMS
     }
     for graph in graphs.values():
         check_onnx(graph)
@@ -157,16 +158,18 @@ def test_attention_in_two_parts_is_attention(B, H_kv, P, T):
     torch.testing.assert_close(masked_attention(q, k, v), naive_attention(q, k, v), atol=1e-5, rtol=1e-5)
 
 
-@FORMS
+@EACH_FORM
 @given(T=st.integers(1, 6), P=st.integers(0, 6))
-def test_a_step_is_the_model_s_own(tiny, form, T, P):
+def test_a_step_is_the_model_s_own(tiny, form, by_layer, T, P):
     idx = torch.randint(17, (2, P + T), generator=torch.Generator().manual_seed(T + 10 * P))
-    module = form(tiny)
+    module, past = form(tiny, by_layer), empty_past(tiny.config, 2, by_layer=by_layer)
     with torch.no_grad():
-        past = module(idx[:, :P], empty_past(tiny.config, 2))[1] if P else empty_past(tiny.config, 2)
-        logits, after = module(idx[:, P:], past)
+        if P:
+            past = module(idx[:, :P], *past)[1:]
+        logits, *after = module(idx[:, P:], *past)
         torch.testing.assert_close(logits[:, -1], tiny(idx)[:, -1], atol=1e-4, rtol=1e-4)
-    assert after.shape == (4, 2, 2, T if form is AppendingGPT else P + T, 8)
+    shape = (2, 2, T if form is AppendingGPT else P + T, 8)
+    assert [tensor.shape for tensor in after] == ([shape] * 4 if by_layer else [(4, *shape)])
 
 
 def test_exporting_leaves_the_model_as_it_was(tiny, sessions):
@@ -181,41 +184,51 @@ def test_the_graph_takes_any_batch_and_length(tiny, sessions, B, T):
         torch.testing.assert_close(logits, tiny(idx), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("returns", ["present", "new"])
+@EACH_FORM
 @given(B=st.integers(1, 3), P=st.integers(0, 12), T=st.integers(1, 12))
-def test_the_cached_graph_takes_any_batch_past_and_length(tiny, sessions, returns, B, P, T):
+def test_the_cached_graph_takes_any_batch_past_and_length(tiny, sessions, form, by_layer, B, P, T):
     idx = torch.randint(17, (B, P + T), generator=torch.Generator().manual_seed(B + 10 * T + 1000 * P))
-    model, cache = OnnxGPT(sessions[returns], tiny.config), OnnxCache(tiny.config, B)
+    model, cache = OnnxGPT(sessions[form, by_layer], tiny.config), OnnxCache(tiny.config, B, by_layer)
     if P:
         model(idx[:, :P], cache)
     logits = model(idx[:, P:], cache)
-    assert cache.past.shape == (4, B, 2, P + T, 8)
+    shape = (B, 2, P + T, 8)
+    assert [array.shape for array in cache.feed().values()] == ([shape] * 4 if by_layer else [(4, *shape)])
     with torch.no_grad():
         torch.testing.assert_close(logits[:, -1], tiny(idx)[:, -1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("returns", ["present", "new"])
-def test_greedy_text_is_pytorch_s_token_by_token_also_past_the_window(tiny, sessions, returns):
+@EACH_FORM
+def test_greedy_text_is_pytorch_s_token_by_token_also_past_the_window(tiny, sessions, form, by_layer):
     idx = torch.randint(17, (2, 5), generator=torch.Generator().manual_seed(1))
     expected = generate(tiny, idx, 30, KVCache(tiny.config, 2), temperature=0)
-    assert torch.equal(
-        generate(OnnxGPT(sessions[returns], tiny.config), idx, 30, OnnxCache(tiny.config, 2), temperature=0), expected
+    model, cache = OnnxGPT(sessions[form, by_layer], tiny.config), OnnxCache(tiny.config, 2, by_layer)
+    assert torch.equal(generate(model, idx, 30, cache, temperature=0), expected)
+
+
+def test_the_names_say_what_goes_in_and_out(sessions):
+    inputs, outputs = (
+        [end.name for end in ends]
+        for ends in (sessions[AppendingGPT, True].get_inputs(), sessions[AppendingGPT, True].get_outputs())
     )
+    assert inputs == ["idx", "past.k0", "past.v0", "past.k1", "past.v1"]
+    assert outputs == ["logits", "new.k0", "new.v0", "new.k1", "new.v1"]
+    assert [end.name for end in sessions[CachedGPT, False].get_outputs()] == ["logits", "present"]
 
 
 @pytest.mark.slow
-@FORMS
-def test_the_trained_teacher_writes_the_same_text(form):
+@EACH_FORM
+def test_the_trained_teacher_writes_the_same_text(form, by_layer):
     from gptlite.checkpoints import load_pretrained
 
     teacher = load_pretrained("teacher")
     model, config = teacher.model, teacher.model.config
-    exported = OnnxGPT(open_session(export_cached(model, form)), config)
+    exported = OnnxGPT(open_session(export_cached(model, form, by_layer)), config)
     idx = teacher.tokenizer.encode("MIRANDA:\nO wonder")[None]
     expected = generate(model, idx, 120, KVCache(config), temperature=0)
-    assert torch.equal(generate(exported, idx, 120, OnnxCache(config), temperature=0), expected)
+    assert torch.equal(generate(exported, idx, 120, OnnxCache(config, 1, by_layer), temperature=0), expected)
     with torch.no_grad():
-        cache = OnnxCache(config)
+        cache = OnnxCache(config, 1, by_layer)
         logits = exported(expected[:, :-1], cache)
         assert (logits[:, -1] - model(expected[:, :-1])[:, -1]).abs().max() < 1e-4
 

@@ -37,7 +37,8 @@ def tiny(make_model) -> GPT:
 
 @pytest.fixture(scope="module")
 def graphs(tiny):
-    return {form.returns: export_cached(tiny, form) for form in (CachedGPT, AppendingGPT)}
+    graphs = {form.returns: export_cached(tiny, form) for form in (CachedGPT, AppendingGPT)}
+    return graphs | {"new, by layer": export_cached(tiny, by_layer=True)}
 
 
 def doubled(opset: int = 20, values: int = 4) -> "onnx.ModelProto":
@@ -109,9 +110,9 @@ def test_the_optimiser_fuses_nodes_and_changes_nothing(graphs):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("returns", ["present", "new"])
-def test_the_cache_can_be_rewound(tiny, graphs, returns):
-    model, cache = OnnxGPT(open_session(graphs[returns], threads=1), CONFIG), OnnxCache(CONFIG)
+@pytest.mark.parametrize("form", ["present", "new", "new, by layer"])
+def test_the_cache_can_be_rewound(tiny, graphs, form):
+    model, cache = OnnxGPT(open_session(graphs[form], threads=1), CONFIG), OnnxCache(CONFIG, 1, "layer" in form)
     idx = torch.arange(8)[None]
     model(idx[:, :5], cache)
     first = model(idx[:, 5:6], cache)

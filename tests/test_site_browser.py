@@ -54,7 +54,7 @@ def on_the_wire(response) -> int:
     return len(gzip.compress(body)) if kind.startswith(("text/", "application/")) else len(body)
 
 
-# A listing has thousands of coloured words, and axe takes a millisecond for the contrast of each: one of a kind is left.
+# A listing has thousands of coloured words, and axe takes a millisecond for the contrast of each: one of a kind stays.
 SAMPLE_CODE = """() => {
     const behind = new Map([...document.querySelectorAll('pre')].map(pre => [pre, [pre, pre.parentElement].map(
         e => getComputedStyle(e).backgroundColor + e.className).join()]));
