@@ -13,25 +13,28 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
 
 from gptlite import onnx_export, onnx_weights
 from gptlite.checkpoints import Checkpoint, load_pretrained, write_atomically
 from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
-from gptlite.model import GPTConfig
+from gptlite.model import CausalSelfAttention, GPTConfig
+from gptlite.onnx_cache import AppendingGPT, PairLayer, PastCache, cache_names, empty_past, two_part_attention
 from gptlite.onnx_runtime import check_onnx, optimized
 
 PROMPT, CHARACTERS = "ROMEO:\n", 100
-CALIBRATION_OPS = 200
 GROUP = 32  # weights to a scale in 4 bits
 
 
 @cache
 def exported_teacher() -> tuple[Checkpoint, onnx.ModelProto]:
-    """The trained teacher, and one step of it with its cache: exported once for all files."""
+    """The trained teacher, and one step of it with its cache, an input for each layer: exported once for all files."""
     checkpoint = load_pretrained("teacher")
-    return checkpoint, onnx_export.export_cached(checkpoint.model)
+    return checkpoint, onnx_export.export_cached(checkpoint.model, AppendingGPT, by_layer=True)
 
 
 def write_graphs(folder: Path) -> None:
@@ -69,15 +72,15 @@ def write_models(folder: Path) -> None:
         check_onnx(graph)
         content = onnx_weights.store_half(graph).SerializeToString()
         write_atomically(folder / f"{name}.onnx", content)
-        rest = [node for node in optimized(graph).graph.node if "MatMul" not in node.op_type]
         about[name] = {
             "file": f"{name}.onnx",
             "bytes": len(content),
             "compressed": len(gzip.compress(content, 6)),
-            "ops": len(rest),  # all but products; attention's own and the head's are in no term
         }
-        write_atomically(folder / f"calibrate-{name}.onnx", products_only(config, PRODUCTS[name]).SerializeToString())
-    write_atomically(folder / "calibrate-ops.onnx", additions(config).SerializeToString())
+    parts = {name: products_only(config, product) for name, product in PRODUCTS.items()}
+    parts |= {"attention": attention_only(config), "between": between_only(config)}
+    for name, graph in parts.items():
+        write_atomically(folder / f"calibrate-{name}.onnx", graph.SerializeToString())
     idx = checkpoint.tokenizer.encode(PROMPT)[None]
     text = generate(model, idx, CHARACTERS, KVCache(config), temperature=0)[0, idx.shape[1] :]
     shape = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -86,8 +89,7 @@ def write_models(folder: Path) -> None:
         | {"n_kv_head": config.kv_heads, "head_dim": config.head_dim},
         "vocabulary": "".join(checkpoint.tokenizer.characters),
         "models": about,
-        "calibration": {**{name: f"calibrate-{name}.onnx" for name in about}, "ops": "calibrate-ops.onnx"},
-        "calibration_ops": CALIBRATION_OPS,
+        "calibration": {name: f"calibrate-{name}.onnx" for name in parts},
         "greedy": {"prompt": PROMPT, "text": checkpoint.tokenizer.decode(text)},
     }
     write_atomically(folder / "models.json", json.dumps(description, indent=1).encode())
@@ -143,10 +145,10 @@ PRODUCTS: dict[str, Product] = {"fp32": fp32_product, "int8": int8_product, "int
 
 
 def products_only(config: GPTConfig, product: Product) -> onnx.ModelProto:
-    """y (R, C) = all products of the blocks with weights, and nothing else, of x (R, C)."""
+    """y (1, T, C) = all products of the blocks with weights, and nothing else, of x (1, T, C)."""
     C, A, hidden = config.n_embd, config.n_head * config.head_dim, config.hidden
     nodes, constants, x = [], [], "x"
-    ends = [numpy_helper.from_array(np.array([n]), name) for name, n in (("from", 0), ("to", A), ("axis", 1))]
+    ends = [numpy_helper.from_array(np.array([n]), name) for name, n in (("from", 0), ("to", A), ("axis", 2))]
     for i in range(config.n_layer):
         chain = (
             ("qkv", C, A + 2 * config.kv_heads * config.head_dim),
@@ -161,23 +163,75 @@ def products_only(config: GPTConfig, product: Product) -> onnx.ModelProto:
             more, given = product(x, f"{name}.{i}", K, N, i)
             nodes, constants, x = nodes + more, constants + given, f"{name}.{i}"
     nodes.append(helper.make_node("Identity", [x], ["y"]))
-    return _model("products", nodes, ["R", C], [*constants, *ends])
-
-
-def additions(config: GPTConfig) -> onnx.ModelProto:
-    """y (1, C) = x added up `CALIBRATION_OPS` times: next to nothing but starting operators."""
-    names = ["x", *(f"sum.{i}" for i in range(CALIBRATION_OPS - 1)), "y"]
-    nodes = [helper.make_node("Add", [a, "x"], [b]) for a, b in zip(names, names[1:], strict=False)]
-    return _model("additions", nodes, [1, config.n_embd], [])
-
-
-def _model(
-    name: str, nodes: list[onnx.NodeProto], shape: list[int | str], constants: list[onnx.TensorProto]
-) -> onnx.ModelProto:
-    x, y = (helper.make_tensor_value_info(end, TensorProto.FLOAT, shape) for end in "xy")
+    ends_of_graph = (helper.make_tensor_value_info(end, TensorProto.FLOAT, [1, "T", C]) for end in "xy")
+    graph = helper.make_graph(nodes, "products", *([end] for end in ends_of_graph), [*constants, *ends])
     opsets = [helper.make_opsetid("", onnx_export.OPSET), helper.make_opsetid("com.microsoft", 1)]
-    graph = helper.make_graph(nodes, name, [x], [y], constants)
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+class Repeat(nn.Module):
+    """In place of the product that makes queries, keys and values of x: x itself, as each of them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.channels = config.kv_heads * config.head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H * D) -> (B, T, (H + 2 H_kv) * D)."""
+        return torch.cat([x, x[..., : self.channels], x[..., : self.channels]], dim=-1)
+
+
+class AttentionOnly(nn.Module):
+    """y, new = attention(x (B, T, H * D), past): what each layer does with the cache, and no product with weights."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_layer, self.attention = config.n_layer, CausalSelfAttention(config, two_part_attention)
+        self.attention.c_attn, self.attention.c_proj = Repeat(config), nn.Identity()
+
+    def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        cache = PastCache(past, PairLayer)
+        for i in range(self.n_layer):
+            x = self.attention(x, cache.layer(i))
+        return (x, *cache.tensors())
+
+
+class BetweenOnly(nn.Module):
+    """What the blocks do beside products and attention, to x (B, T, C) and to an MLP's hidden (B, T, n_hidden)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_layer, self.ln = config.n_layer, nn.LayerNorm(config.n_embd)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.n_layer):
+            x = x + self.ln(x)
+            hidden = F.gelu(hidden, approximate="tanh")
+            x = x + self.ln(x)
+        return x, hidden
+
+
+def attention_only(config: GPTConfig) -> onnx.ModelProto:
+    """`AttentionOnly` as a graph, its inputs and outputs named as the model's."""
+    x, past = torch.zeros(2, 3, config.n_head * config.head_dim), empty_past(config, 2, 5, by_layer=True)
+    given, new = (cache_names(config, word, by_layer=True) for word in ("past", "new"))
+    dynamic = {"x": {0: "B", 1: "T"}} | {name: {0: "B", 2: "P"} for name in given}
+    return _bare(onnx_export.export(AttentionOnly(config), [x, *past], ["x", *given], ["y", *new], dynamic))
+
+
+def between_only(config: GPTConfig) -> onnx.ModelProto:
+    """`BetweenOnly` as a graph."""
+    args, names = [torch.zeros(2, 3, n) for n in (config.n_embd, config.hidden)], ["x", "hidden"]
+    dynamic = {name: {0: "B", 1: "T"} for name in names}
+    return _bare(onnx_export.export(BetweenOnly(config), args, names, ["y", "hidden_y"], dynamic))
+
+
+def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without the exporter's notes on its origin, which are most of a file without weights."""
+    for part in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]
+    del model.graph.value_info[:]
+    return model
 
 
 def main() -> None:

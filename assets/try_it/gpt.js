@@ -1,22 +1,55 @@
-// The model, its cache and the loop that writes. T tokens given, P past, L layers, H heads, D head size, V vocabulary.
+// The model, its cache and the loop that writes. T tokens given, P past, H heads of keys, D head size, V vocabulary.
 
-/** A GPT whose graph takes the keys and values of the past as an input and gives back those of the tokens it reads. */
-export class GPT {
+/** The keys and values of P tokens, by the names of a graph's inputs, past.k0, past.v0, ...: each packed (H, P, D). */
+export class Cache {
   /**
    * @param {object} ort The module onnxruntime-web.
    * @param {object} session Its session of the graph.
-   * @param {{n_layer: number, n_kv_head: number, head_dim: number, block_size: number}} config
+   * @param {{n_kv_head: number, head_dim: number, block_size: number}} config
+   */
+  constructor(ort, session, { n_kv_head, head_dim, block_size }) {
+    Object.assign(this, { ort, H: n_kv_head, D: head_dim, longest: block_size });
+    const names = session.inputNames.filter((name) => name.startsWith("past."));
+    this.arrays = new Map(names.map((name) => [name, new Float32Array(this.H * this.longest * this.D)]));
+    this.length = 0; // P
+  }
+
+  /** The graph's inputs (1, H, P, D). */
+  feed() {
+    const { Tensor } = this.ort, { H, D, length: P } = this, inputs = {};
+    for (const [name, array] of this.arrays) { // a subarray is a view: nothing is copied
+      inputs[name] = new Tensor("float32", array.subarray(0, H * P * D), [1, H, P, D]);
+    }
+    return inputs;
+  }
+
+  /**
+   * Take what the graph gave back, new.k0, new.v0, ..., each (1, H, T, D), behind what is here.
+   * @param {Record<string, object>} outputs
+   * @param {number} T
+   */
+  take(outputs, T) {
+    for (const [name, array] of this.arrays) {
+      append(array, this.H, this.length * this.D, outputs[name.replace("past", "new")].data);
+    }
+    this.length += T;
+  }
+}
+
+/** A GPT whose graph takes the keys and values of the past as inputs and gives back those of the tokens it reads. */
+export class GPT {
+  /**
+   * @param {object} ort
+   * @param {object} session
+   * @param {{n_kv_head: number, head_dim: number, block_size: number}} config
    */
   constructor(ort, session, config) {
-    Object.assign(this, { ort, session, config });
-    this.rows = 2 * config.n_layer * config.n_kv_head; // a row holds the keys, or the values, of one head
-    this.cache = new Float32Array(this.rows * config.block_size * config.head_dim); // allocated once, for all P
-    this.past = 0; // P
+    Object.assign(this, { ort, session, config, cache: new Cache(ort, session, config) });
   }
 
   /** Start anew: what the cache holds is overwritten. */
   forget() {
-    this.past = 0;
+    this.cache.length = 0;
   }
 
   /**
@@ -25,17 +58,12 @@ export class GPT {
    * @returns {Promise<Float32Array>}
    */
   async read(tokens) {
-    const { n_layer, n_kv_head, head_dim, block_size } = this.config;
-    const T = tokens.length, P = this.past;
+    const T = tokens.length, all = this.cache.length + T, { block_size } = this.config;
     if (T < 1) throw new RangeError("there are no tokens to read, but there must be at least one.");
-    if (P + T > block_size) throw new RangeError(`the text has ${P + T} tokens, but the model reads ${block_size}.`);
-    const used = this.cache.subarray(0, this.rows * P * head_dim); // a view: nothing is copied
-    const { logits, new: fresh } = await this.session.run({
-      idx: new this.ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, T]),
-      past: new this.ort.Tensor("float32", used, [2 * n_layer, 1, n_kv_head, P, head_dim]),
-    }); // logits (1, 1, V), fresh (2L, 1, H, T, D)
-    append(this.cache, this.rows, P * head_dim, fresh.data);
-    this.past = P + T;
+    if (all > block_size) throw new RangeError(`the text has ${all} tokens, but the model reads ${block_size}.`);
+    const idx = new this.ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, T]);
+    const { logits, ...fresh } = await this.session.run({ idx, ...this.cache.feed() }); // logits (1, 1, V)
+    this.cache.take(fresh, T);
     return logits.data;
   }
 }

@@ -72,8 +72,8 @@ export async function run(app) {
     say(...notes, "Timing the parts, to predict.");
     await breathe();
     const T = tokens.length, middle = T + (Math.min(count, info.config.block_size - T + 1) >> 1);
-    const passes = [cached ? [1, middle] : [middle, 0], [T, 0]];
-    const [token, first] = await calibration.predict(precision, passes);
+    const token = await calibration.predict(precision, ...(cached ? [1, middle - 1] : [middle, 0]));
+    const first = await calibration.predict(precision, T, 0);
     const comparison = { precision, cached, info, predicted: { token, first } };
     report(app, comparison);
     const gpt = await model();

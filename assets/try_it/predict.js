@@ -1,20 +1,15 @@
-// How long a token should take on this machine, from parts that are timed without the model:
+// How long a pass should take on this machine, from parts that are timed without the model:
 //
-//   t(pass) = t(matrix products) + other operators * t(operator) + COPIES * bytes of the cache / copying rate
+//   t(R, P) = t(matrix products of R tokens) + t(attention of R tokens, with P before them) + t(what stands between)
 
+import { Cache } from "./gpt.js";
 import { OPTIONS, keeper } from "./load.js";
-
-/**
- * How often a token's step moves the cache: `append` shifts it, it is copied into WebAssembly's memory, the graph takes
- * it apart by layer, and attention reads it.
- */
-export const COPIES = 4;
 
 /** Bytes of one weight, as the kernels read it; in 4 bits, 32 weights share a scale. */
 export const WEIGHT_BYTES = { fp32: 4, int8: 1, int4: 0.5 + 4 / 32 };
 
-/** Seconds for which a calibration runs before it counts, and of a batch that counts. */
-const WARM_UP = 0.3, BATCH = 0.02;
+/** Seconds for which the parts run before they count, and of a batch that counts. */
+const WARM_UP = 1, BATCH = 0.05;
 
 /** Weights in the matrix products of the blocks; each token needs each of them once. */
 export const weights = ({ n_layer, n_embd }) => 12 * n_layer * n_embd ** 2;
@@ -29,23 +24,32 @@ export function median(values) {
 }
 
 /**
- * Seconds that `work` takes: the median of three batches, each long beside the steps of a browser's coarse clock. What
- * ran in the `warm` seconds before does not count: in them the browser notices what runs often, and compiles it again
- * for speed.
- * @param {() => unknown} work
+ * Seconds that each part takes where they run in turns, as they do in a model: so each finds the processor's caches as
+ * the others leave them. The median of three batches, each long beside the steps of a browser's coarse clock. What ran
+ * in the `warm` seconds before does not count: in them the browser notices what runs often, and compiles it again for
+ * speed.
+ * @param {(() => Promise<unknown>)[]} parts
  * @param {number} warm
+ * @returns {Promise<number[]>}
  */
-export async function timed(work, warm = 0) {
-  const now = () => performance.now() / 1000, start = now();
-  let runs = 0;
-  do { await work(); runs++; } while (now() < start + Math.max(warm, BATCH));
-  const size = Math.ceil(runs * BATCH / (now() - start)), batches = [];
-  for (let i = 0; i < 3; i++) {
-    const before = now();
-    for (let j = 0; j < size; j++) await work();
-    batches.push((now() - before) / size);
-  }
-  return median(batches);
+export async function timed(parts, warm = 0) {
+  const now = () => performance.now() / 1000;
+  const batch = async (enough) => { // the mean of some rounds, for each part
+    const sums = parts.map(() => 0), start = now();
+    let rounds = 0;
+    do {
+      for (const [i, part] of parts.entries()) {
+        const before = now();
+        await part();
+        sums[i] += now() - before;
+      }
+      rounds++;
+    } while (now() < start + enough);
+    return sums.map((sum) => sum / rounds);
+  };
+  await batch(warm);
+  const batches = [await batch(BATCH), await batch(BATCH), await batch(BATCH)];
+  return parts.map((_, i) => median(batches.map((means) => means[i])));
 }
 
 /**
@@ -72,47 +76,40 @@ export class Calibration {
     this.warmed = new Set();
   }
 
-  /** Seconds to run a file on R rows; its weights, made while it loads, have the model's shapes, not its values. */
-  async run(file, R) {
-    const { InferenceSession, Tensor } = this.ort, C = this.info.config.n_embd;
+  /**
+   * A function that runs a file, which has the model's shapes but none of its weights, and does with its cache what the
+   * model does.
+   * @param {string} name A key of `info.calibration`.
+   * @param {number} T Tokens to read.
+   * @param {number} P Tokens before them.
+   */
+  async part(name, T, P) {
+    const { InferenceSession, Tensor } = this.ort, file = this.info.calibration[name];
     const session = await this.once(file, async () => InferenceSession.create(await this.get(file), OPTIONS));
-    const x = new Tensor("float32", new Float32Array(R * C).fill(0.01), [R, C]); // (R, C)
-    const warm = this.warmed.has(file) ? 0 : WARM_UP;
-    this.warmed.add(file);
-    return timed(() => session.run({ [session.inputNames[0]]: x }), warm);
-  }
-
-  /** Seconds of the model's matrix products over R tokens. */
-  products(precision, R) {
-    return this.run(this.info.calibration[precision], R);
-  }
-
-  /** Seconds of an operator that has next to nothing to do. */
-  async operator() {
-    return await this.run(this.info.calibration.ops, 1) / this.info.calibration_ops;
-  }
-
-  /** Bytes a second at which a whole cache is copied. */
-  async copying() {
-    const { config } = this.info, bytes = cacheBytes(config, config.block_size);
-    const from = new Float32Array(bytes / 4).fill(1), to = new Float32Array(bytes / 4);
-    return bytes / await timed(() => to.set(from));
+    const cache = new Cache(this.ort, session, this.info.config), inputs = {};
+    for (const { name, shape } of session.inputMetadata.filter(({ name }) => !cache.arrays.has(name))) {
+      const sizes = shape.map((size) => ({ B: 1, T, P })[size] ?? size); // "T" becomes its number
+      inputs[name] = new Tensor("float32", new Float32Array(sizes.reduce((a, b) => a * b)).fill(0.01), sizes);
+    }
+    return async () => {
+      cache.length = P; // of whatever stands there
+      cache.take(await session.run({ ...inputs, ...cache.feed() }), T);
+    };
   }
 
   /**
-   * The parts of passes over R tokens after P others, in seconds, their sum, and the bytes of the cache.
+   * The parts of a pass over R tokens after P others, in seconds, their sum, and the bytes of keys and values.
    * @param {string} precision
-   * @param {[R: number, P: number][]} passes
-   * @returns {Promise<{products: number, operators: number, copies: number, total: number, bytes: number}[]>}
+   * @param {number} R
+   * @param {number} P
+   * @returns {Promise<{products: number, attention: number, between: number, total: number, bytes: number}>}
    */
-  async predict(precision, passes) {
-    const operators = this.info.models[precision].ops * await this.operator();
-    const rate = await this.copying(), predicted = [];
-    for (const [R, P] of passes) {
-      const products = await this.products(precision, R);
-      const bytes = cacheBytes(this.info.config, P + R), copies = COPIES * bytes / rate;
-      predicted.push({ products, operators, copies, total: products + operators + copies, bytes });
-    }
-    return predicted;
+  async predict(precision, R, P) {
+    const parts = await Promise.all([precision, "attention", "between"].map((name) => this.part(name, R, P)));
+    const warm = this.warmed.has(precision) ? 0 : WARM_UP;
+    this.warmed.add(precision);
+    const [products, attention, between] = await timed(parts, warm);
+    const bytes = cacheBytes(this.info.config, P + R);
+    return { products, attention, between, total: products + attention + between, bytes };
   }
 }

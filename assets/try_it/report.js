@@ -1,6 +1,6 @@
 // What was predicted and what was measured, as rows of the page's two tables.
 
-import { COPIES, WEIGHT_BYTES, weights } from "./predict.js";
+import { WEIGHT_BYTES, weights } from "./predict.js";
 
 /** A number to three digits, as the book prints it. */
 export const digits = (value) => {
@@ -31,10 +31,12 @@ function putRow(body, key, cells) {
 }
 
 /** The prediction, term by term. */
-function terms({ precision, info, predicted: { token } }) {
-  const { ops } = info.models[precision];
-  const parts = [`${ms(token.products)} of matrix products`, `${ms(token.operators)} for ${ops} other operators`];
-  parts.push(`${ms(token.copies)} for copying ${digits(token.bytes / 1e6)} MB of keys and values ${COPIES} times`);
+function terms({ precision, predicted: { token } }) {
+  const parts = [
+    `${ms(token.products)} of matrix products`,
+    `${ms(token.attention)} of attention with ${digits(token.bytes / 1e6)} MB of keys and values`,
+    `${ms(token.between)} for what stands between`,
+  ];
   return `The prediction for a token in ${precision}: ${parts.join(" + ")} = ${ms(token.total)}.`;
 }
 
