@@ -33,6 +33,7 @@ def quantize_static(model: "onnx.ModelProto", samples: Iterable[Mapping[str, np.
     Written as QDQ: a QuantizeLinear and a DequantizeLinear stand around what is quantized, and the runtime fuses them
     into operators on integers where it has such.
     """
+    import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -44,6 +45,8 @@ def quantize_static(model: "onnx.ModelProto", samples: Iterable[Mapping[str, np.
 
     constants = {tensor.name for tensor in model.graph.initializer}
     linears = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    # 1.23, the last release for Python 3.10, knows opset 23 but not its QuantizeLinear; its own stands in
+    own = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 
     def quantize(a: Path, b: Path) -> None:
         quantize_static(
@@ -54,6 +57,7 @@ def quantize_static(model: "onnx.ModelProto", samples: Iterable[Mapping[str, np.
             nodes_to_quantize=linears,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            extra_options={"UseQDQContribOps": own},
         )
 
     return _through_files(model, quantize)

@@ -82,6 +82,13 @@ def test_static_quantization_writes_qdq_around_the_linears_alone(graph):
     assert 0 < np.abs(logits(quantized) - logits(graph)).max() < 0.3 * np.abs(logits(graph)).max()
 
 
+@pytest.mark.parametrize(("version", "domain"), [("1.23.2", "com.microsoft"), ("1.24.0", ""), ("2.0.0", "")])
+def test_a_runtime_that_knows_no_newer_quantizelinear_gets_its_own(graph, monkeypatch, version, domain):
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    quantized = quantize_static(graph, samples())
+    assert {node.domain for node in quantized.graph.node if node.op_type == "QuantizeLinear"} == {domain}
+
+
 @pytest.mark.parametrize("group", [16, 32])
 def test_four_bits_and_a_scale_a_group(graph, group):
     quantized = quantize_int4(graph, group)
