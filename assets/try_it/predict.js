@@ -8,8 +8,8 @@ import { OPTIONS, keeper } from "./load.js";
 /** Bytes of one weight, as the kernels read it; in 4 bits, 32 weights share a scale. */
 export const WEIGHT_BYTES = { fp32: 4, int8: 1, int4: 0.5 + 4 / 32 };
 
-/** Seconds for which the parts run before they count, and of a batch that counts. */
-const WARM_UP = 1, BATCH = 0.05;
+/** Seconds for which the parts run before they count, and of a batch that counts, and how many batches do. */
+const WARM_UP = 1, BATCH = 0.05, BATCHES = 5;
 
 /** Weights in the matrix products of the blocks; each token needs each of them once. */
 export const weights = ({ n_layer, n_embd }) => 12 * n_layer * n_embd ** 2;
@@ -25,9 +25,8 @@ export function median(values) {
 
 /**
  * Seconds that each part takes where they run in turns, as they do in a model: so each finds the processor's caches as
- * the others leave them. The median of three batches, each long beside the steps of a browser's coarse clock. What ran
- * in the `warm` seconds before does not count: in them the browser notices what runs often, and compiles it again for
- * speed.
+ * the others leave them. The median of some batches, each long beside the steps of a browser's coarse clock. What ran in
+ * the `warm` seconds before does not count: in them the browser notices what runs often, and compiles it for speed.
  * @param {(() => Promise<unknown>)[]} parts
  * @param {number} warm
  * @returns {Promise<number[]>}
@@ -48,7 +47,8 @@ export async function timed(parts, warm = 0) {
     return sums.map((sum) => sum / rounds);
   };
   await batch(warm);
-  const batches = [await batch(BATCH), await batch(BATCH), await batch(BATCH)];
+  const batches = [];
+  while (batches.length < BATCHES) batches.push(await batch(BATCH));
   return parts.map((_, i) => median(batches.map((means) => means[i])));
 }
 
@@ -79,12 +79,12 @@ export class Calibration {
   /**
    * A function that runs a file, which has the model's shapes but none of its weights, and does with its cache what the
    * model does.
-   * @param {string} name A key of `info.calibration`.
+   * @param {string} kind A key of `info.calibration`.
    * @param {number} T Tokens to read.
    * @param {number} P Tokens before them.
    */
-  async part(name, T, P) {
-    const { InferenceSession, Tensor } = this.ort, file = this.info.calibration[name];
+  async part(kind, T, P) {
+    const { InferenceSession, Tensor } = this.ort, file = this.info.calibration[kind];
     const session = await this.once(file, async () => InferenceSession.create(await this.get(file), OPTIONS));
     const cache = new Cache(this.ort, session, this.info.config), inputs = {};
     for (const { name, shape } of session.inputMetadata.filter(({ name }) => !cache.arrays.has(name))) {
@@ -105,7 +105,7 @@ export class Calibration {
    * @returns {Promise<{products: number, attention: number, between: number, total: number, bytes: number}>}
    */
   async predict(precision, R, P) {
-    const parts = await Promise.all([precision, "attention", "between"].map((name) => this.part(name, R, P)));
+    const parts = await Promise.all([precision, "attention", "between"].map((kind) => this.part(kind, R, P)));
     const warm = this.warmed.has(precision) ? 0 : WARM_UP;
     this.warmed.add(precision);
     const [products, attention, between] = await timed(parts, warm);
