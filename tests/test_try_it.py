@@ -379,6 +379,26 @@ def test_an_empty_cache_takes_the_prompt(module):
     ) == [1, 2, 3, 4, 0]
 
 
+def test_a_cache_goes_by_the_graphs_names_and_holds_nothing_else(module):
+    fed = module(
+        "gpt",
+        """({Cache}) => {
+        class Tensor { constructor(type, data, dims) { this.data = [...data]; this.dims = dims; } }
+        const session = {inputNames: ['idx', 'past.k0', 'past.v0']};
+        const cache = new Cache({Tensor}, session, {n_kv_head: 2, head_dim: 1, block_size: 3});
+        const fresh = (...data) => ({data: Float32Array.from(data)});
+        const empty = cache.feed();
+        cache.take({'new.k0': fresh(1, 2, 11, 12), 'new.v0': fresh(5, 6, 15, 16)}, 2);
+        cache.take({'new.k0': fresh(3, 13), 'new.v0': fresh(7, 17)}, 1);
+        return [empty, cache.feed()].map((inputs) => Object.entries(inputs).map(([k, t]) => [k, t.data, t.dims]));
+    }""",
+    )
+    assert fed == [
+        [["past.k0", [], [1, 2, 0, 1]], ["past.v0", [], [1, 2, 0, 1]]],
+        [["past.k0", [1, 2, 3, 11, 12, 13], [1, 2, 3, 1]], ["past.v0", [5, 6, 7, 15, 16, 17], [1, 2, 3, 1]]],
+    ]
+
+
 def test_sampling_follows_the_distribution_and_is_greedy_at_zero(module):
     draw = "({sample}) => [0, 0.24, 0.26, 0.49, 0.51, 0.999].map((r) => sample(Float32Array.of(%s), %s, () => r))"
     quarter = "Math.log(1), Math.log(1), Math.log(2)"  # probabilities 1/4, 1/4, 1/2
@@ -400,6 +420,32 @@ def test_the_loop_reads_the_prompt_once_and_stops_at_the_context(module):
     without = module("gpt", calls % "false")
     assert [read for read in without["reads"] if read != "forget"] == [[2, 0, 2], [2, 0, 2, 1], [2, 0, 2, 1, 1]]
     assert without["reads"][-2] == "forget" and without["text"] == [1, 1, 1]
+
+
+def test_parts_are_timed_in_turns_and_each_by_itself(module):
+    order, (slow, quick) = module(
+        "predict",
+        """async ({timed}) => {
+        let order = '';
+        const slow = () => { order += 'a'; for (let end = performance.now() + 3; performance.now() < end;); };
+        const seconds = await timed([slow, () => { order += 'b'; }]);
+        return [order, seconds];
+    }""",
+    )
+    assert re.fullmatch("(ab)+", order)
+    assert 0 <= quick < 0.003 <= slow * 1.1  # by a coarse clock
+
+
+def test_a_prediction_is_the_sum_of_three_parts_that_do_not_know_the_model(page, about):
+    start(page, precision="fp32")
+    status(page)
+    words = page.text_content(".terms")
+    assert re.findall(r" ms (of matrix products|of attention|for what stands between)", words) == [
+        "of matrix products", "of attention", "for what stands between",
+    ]  # fmt: skip
+    for name in ("fp32", "attention", "between"):
+        assert about["calibration"][name] == f"calibrate-{name}.onnx"
+        assert [url for url in page.asked if url.endswith(f"/calibrate-{name}.onnx")]
 
 
 def test_a_token_is_timed_by_the_median_of_windows(module):
