@@ -9,7 +9,7 @@ import { OPTIONS, keeper } from "./load.js";
 export const WEIGHT_BYTES = { fp32: 4, int8: 1, int4: 0.5 + 4 / 32 };
 
 /** Seconds for which the parts run before they count, and of a batch that counts, and how many batches do. */
-const WARM_UP = 1, BATCH = 0.05, BATCHES = 5;
+const WARM_UP = 0.8, BATCH = 0.05, BATCHES = 5;
 
 /** Weights in the matrix products of the blocks; each token needs each of them once. */
 export const weights = ({ n_layer, n_embd }) => 12 * n_layer * n_embd ** 2;
