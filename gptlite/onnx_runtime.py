@@ -149,8 +149,8 @@ class OnnxGPT:
 
     def __init__(self, session: "onnxruntime.InferenceSession", config: GPTConfig):
         self.session, self.config = session, config
-        # logits; then, of a graph with a cache, present or new
-        self.returns = [output.name for output in session.get_outputs()]
+        self.takes = {given.name for given in session.get_inputs()}  # idx; with a cache, past
+        self.returns = [output.name for output in session.get_outputs()]  # logits; with a cache, present or new
 
     def __call__(self, idx: Tensor, cache: OnnxCache | None = None, last_only: bool = False) -> Tensor:
         """Logits (B, T, V) without a cache, or (B, 1, V), of the last position, with one."""
@@ -159,6 +159,9 @@ class OnnxGPT:
             longest = self.config.block_size
             raise ValueError(f"{past + idx.shape[1]} tokens are more than the model's block_size of {longest}.")
         feed = {"idx": idx.numpy()} | ({} if cache is None else cache.feed())
+        if feed.keys() != self.takes:
+            takes, given = (", ".join(sorted(names)[:2]) for names in (self.takes, feed))
+            raise ValueError(f"the graph takes {takes}, but is given {given}; its cache needs the export's by_layer.")
         logits, *rest = self.session.run(self.returns, feed)
         for name, array in zip(self.returns[1:], rest, strict=True):
             cache.take(name, array)

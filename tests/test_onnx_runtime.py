@@ -141,6 +141,14 @@ def test_too_long_a_text_is_refused(graphs):
         model(torch.zeros(1, 7, dtype=torch.long), cache)
 
 
+def test_a_cache_of_another_form_is_refused(graphs):
+    model = OnnxGPT(open_session(graphs["new, by layer"], threads=1), CONFIG)
+    with pytest.raises(ValueError, match=r"^the graph takes idx, past\.k0, but is given idx, past; .* by_layer\.$"):
+        model(torch.zeros(1, 3, dtype=torch.long), OnnxCache(CONFIG))
+    with pytest.raises(ValueError, match=r"^the graph takes idx, past\.k0, but is given idx; .* by_layer\.$"):
+        model(torch.zeros(1, 3, dtype=torch.long))
+
+
 def test_without_onnx_runtime_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ImportError, match="pip install onnxruntime"):
