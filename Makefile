@@ -9,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SITE := _build/html
-# a measurement shares its cores with nobody: no parallel tests beside the notebooks
+# a measurement shares its cores with nobody: `make test`, which executes the notebooks, runs one test at a time
 PYTEST := $(PY) -m pytest
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=900
 
@@ -44,7 +44,7 @@ test: $(READY) ## every test: unit, notebooks re-executed, built site, browser (
 check: $(READY) ## unit tests and notebook checks alone, in under 2 minutes
 	$(PY) -m ruff check .
 	$(PY) scripts/check_notebooks.py
-	$(PYTEST) -m "not site and not browser and not notebook and not slow" tests
+	$(PYTEST) -n 2 --dist loadfile -m "not site and not browser and not notebook and not slow" tests
 
 run: $(READY) ## re-execute one notebook in place: make run NB=kv_cache
 	@test -n "$(NB)" || { echo "make: name a notebook: make run NB=kv_cache"; exit 1; }

@@ -346,6 +346,7 @@ def test_a_file_that_is_no_state(corpus, tmp_path):
         quiet(new_model(), corpus, QUICK, state_path=state)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, since killing needs processes that start quickly")
 def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     """SIGKILL inside of a step, in the middle of writing, between writing and renaming, and at random moments."""
@@ -592,6 +593,7 @@ def test_a_text_too_short_to_evaluate_is_refused_by_the_command_line_at_once(tmp
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_at_half_the_batch_train_as_one(text_file, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     main(command(text_file, one))
