@@ -216,7 +216,6 @@ def test_the_names_say_what_goes_in_and_out(sessions):
     assert [end.name for end in sessions[CachedGPT, False].get_outputs()] == ["logits", "present"]
 
 
-@pytest.mark.slow
 @EACH_FORM
 def test_the_trained_teacher_writes_the_same_text(form, by_layer):
     from gptlite.checkpoints import load_pretrained
