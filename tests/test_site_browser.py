@@ -80,6 +80,18 @@ def axe_faults(page) -> list[str]:
     return [f"{v['id']}: {v['nodes'][0]['html'][:200]} ({len(v['nodes'])} times)" for v in serious]
 
 
+def test_one_pale_word_of_a_listing_is_found(browser):
+    words = '<span class="k">for</span> ' * 50
+    page = browser.new_page()
+    for style, expected in (("", 0), ("color: #eee", 1)):
+        listing = f'<pre style="background: white">{words}<span class="k" style="{style}">if</span> {words}</pre>'
+        page.set_content(f'<html lang="en"><title>A listing</title><main>{listing}</main></html>')
+        faults = axe_faults(page)
+        assert page.locator("pre span").count() == 1 + expected  # one of a kind
+        assert [fault.partition(":")[0] for fault in faults] == ["color-contrast"] * expected
+    page.close()
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_a_page_loads_without_faults_or_other_hosts(open_page, path):
     page = open_page(path)
