@@ -34,30 +34,30 @@ $(READY): requirements.txt pyproject.toml scripts/make_venv.py
 
 book: $(READY) ## build the site, warnings as errors, and print the page to open
 	@echo "Building the book"
-	@$(PY) scripts/build_book.py $(SITE)
+	@$(PY) scripts/site/build_book.py $(SITE)
 
 test: $(READY) ## every test: unit, notebooks re-executed, built site, browser (needs Chromium and a C++ compiler)
 	@$(MAKE) --no-print-directory book
-	$(PY) scripts/check_notebooks.py
+	$(PY) scripts/notebooks/check_notebooks.py
 	$(PYTEST) $(NBVAL) --durations=12 tests notebooks
 
 check: $(READY) ## unit tests and notebook checks alone, in under 2 minutes
 	$(PY) -m ruff check .
-	$(PY) scripts/check_notebooks.py
+	$(PY) scripts/notebooks/check_notebooks.py
 	$(PYTEST) -n 2 --dist loadfile -m "not site and not browser and not notebook and not slow" tests
 
 run: $(READY) ## re-execute one notebook in place: make run NB=kv_cache
 	@test -n "$(NB)" || { echo "make: name a notebook: make run NB=kv_cache"; exit 1; }
-	$(PY) scripts/run_notebooks.py $(NB)
+	$(PY) scripts/notebooks/run_notebooks.py $(NB)
 
 execute: $(READY) ## re-execute every notebook in place
-	$(PY) scripts/run_notebooks.py
+	$(PY) scripts/notebooks/run_notebooks.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 serve: book ## build the site and serve it on this machine, at PORT (8000)
-	@$(PY) scripts/serve.py $(SITE) $(PORT)
+	@$(PY) scripts/site/serve.py $(SITE) $(PORT)
 
 clean: ## delete what the build made; .venv stays (rm -r .venv deletes it)
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis .import_linter_cache gptlite.egg-info

@@ -3,14 +3,18 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "scripts"))  # the tests of the scripts import them by name
+# the tests of the scripts import them by name
+SCRIPTS = Path(__file__).parent / "scripts"
+sys.path[:0] = [str(SCRIPTS / folder) for folder in ("", "experiments", "notebooks", "site")]
 
 # A drawing follows Matplotlib's version and HTML its maker's; what is compared is text, Markdown and stdout.
 NOT_COMPARED = ("image/svg+xml", "text/html", "stderr")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "colab: runs every notebook in a fresh environment like Colab's")
+    config.addinivalue_line(
+        "markers", "colab: runs every notebook in a fresh environment like Colab's"
+    )
 
 
 def pytest_collectstart(collector):

@@ -1,7 +1,6 @@
 """The one timer of the book: warm-up, synchronisation, medians with their spread, and peak memory."""
 
 import json
-import math
 import os
 import tempfile
 import time
@@ -18,21 +17,9 @@ from gptlite.device import pick_device, synchronize
 from gptlite.generate import decode_one_token, prefill, stream
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT
+from gptlite.units import three_digits, time_unit
 
 Fn = Callable[[], Any]
-
-
-def three_digits(value: float) -> str:
-    """A number with three digits that count: 0.0123, 1.23, 123; from 1000 on, all of them, in thousands."""
-    if not value:
-        return "0"
-    exponent = math.floor(math.log10(abs(float(f"{value:.2e}"))))  # of the rounded value: 9.999 is 10.0
-    return f"{value:.2e}" if exponent < -4 else f"{value:,.{max(0, 2 - exponent)}f}"
-
-
-def time_unit(seconds: float) -> tuple[float, str]:
-    """The unit in which a time reads well, as its length in seconds and its name."""
-    return (1.0, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "µs")
 
 
 @dataclass(frozen=True)
@@ -75,12 +62,16 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     it would not.
     """
     if len(a.times) != len(b.times):
-        raise ValueError(f"the timings have {len(a.times)} and {len(b.times)} rounds, but must have as many each.")
+        raise ValueError(
+            f"the timings have {len(a.times)} and {len(b.times)} rounds, but must have as many each."
+        )
     ratios = tuple(x / y for x, y in zip(a.times, b.times, strict=True))
     return Ratio(*_median_and_quartiles(ratios), ratios)
 
 
-def measure(fn: Fn, *, repeats: int = 7, warmup: int = 2, device: torch.device | None = None) -> Timing:
+def measure(
+    fn: Fn, *, repeats: int = 7, warmup: int = 2, device: torch.device | None = None
+) -> Timing:
     """Time `repeats` calls of `fn` after `warmup` calls that are not timed."""
     return measure_alternately({"fn": fn}, repeats=repeats, warmup=warmup, device=device)["fn"]
 
@@ -103,7 +94,9 @@ def measure_alternately(
 
 
 def _seconds(fn: Fn, device: torch.device) -> float:
-    synchronize(device)  # or the clock would start while the GPU still works on what came before
+    synchronize(
+        device
+    )  # or the clock would start while the GPU still works on what came before
     start = time.perf_counter_ns()
     fn()
     synchronize(device)  # or it would stop when the work is queued, not when it is done
@@ -164,7 +157,9 @@ def measure_generation(
     return GenerationTiming(first, per_token, timing([sum(r) for r in runs]), steps, len(idx))
 
 
-def measure_decoding(models: dict[str, GPT], context: int, new: int = 16, repeats: int = 9) -> dict[str, Timing]:
+def measure_decoding(
+    models: dict[str, GPT], context: int, new: int = 16, repeats: int = 9
+) -> dict[str, Timing]:
     """Seconds of one more token at batch 1 with a cache: a mean over `new` after `context` others, models in turns."""
     for name, value in (("context", context), ("new", new)):
         _at_least(name, value, 1)
@@ -185,7 +180,9 @@ def measure_decoding(models: dict[str, GPT], context: int, new: int = 16, repeat
         return decode
 
     device = next(iter(models.values())).wte.weight.device
-    timed = measure_alternately({n: decoder(m) for n, m in models.items()}, repeats=repeats, device=device)
+    timed = measure_alternately(
+        {n: decoder(m) for n, m in models.items()}, repeats=repeats, device=device
+    )
     return {name: timing([s / new for s in t.times]) for name, t in timed.items()}
 
 
@@ -203,8 +200,12 @@ def peak_memory(fn: Fn, device: torch.device | None = None) -> int:
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports each start on standard error
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # the profiler's library reports each start on standard error
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         fn()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"

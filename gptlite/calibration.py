@@ -13,11 +13,16 @@ from gptlite.model import GPT, GPTConfig
 
 def step_seconds(config: GPTConfig, device: torch.device, repeats: int) -> float:
     """Seconds of one decoding step of a model: for a tiny one, what it takes to launch its operators."""
-    model, token = GPT(config).to(device).eval(), torch.zeros(1, 1, dtype=torch.long, device=device)
+    model, token = (
+        GPT(config).to(device).eval(),
+        torch.zeros(1, 1, dtype=torch.long, device=device),
+    )
     cache, steps = KVCache(config, device=device), 20
 
     def run() -> None:
-        for _ in range(steps):  # many between two synchronisations, which would cost a GPU more than a step
+        for _ in range(
+            steps
+        ):  # many between two synchronisations, which would cost a GPU more than a step
             cache.rewind(0)
             model(token, cache)
 
@@ -30,15 +35,24 @@ def read_bandwidth(device: torch.device, repeats: int) -> tuple[float, str]:
     No single operator is trusted with the roof: which one keeps the memory busy differs from processor to processor.
     """
     # ones, since pages of zeros that were never written are all one and the same page, and are read from cache
-    floats = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)  # 1 GiB or 256 MiB
-    integers, matrix, row = floats.view(torch.int64), floats.view(-1, 8192), torch.ones(8192, device=device)
+    floats = torch.ones(
+        1 << (28 if device.type == "cuda" else 26), device=device
+    )  # 1 GiB or 256 MiB
+    integers, matrix, row = (
+        floats.view(torch.int64),
+        floats.view(-1, 8192),
+        torch.ones(8192, device=device),
+    )
     kernels: dict[str, Callable[[], object]] = {
         "float32 sum": floats.sum,
         "int64 sum": integers.sum,
         "int64 max": integers.max,
         "matrix times vector": lambda: matrix @ row,
     }
-    seconds = {name: min(measure(fn, repeats=repeats, device=device).times) for name, fn in kernels.items()}
+    seconds = {
+        name: min(measure(fn, repeats=repeats, device=device).times)
+        for name, fn in kernels.items()
+    }
     fastest = min(seconds, key=seconds.__getitem__)
     return floats.nbytes / seconds[fastest], fastest
 
@@ -49,33 +63,46 @@ def matvec_bandwidths(device: torch.device, repeats: int, overhead: float) -> li
     This is how decoding reads its weights: each matrix once a token, and all others before it comes again. As long as
     all fit into the processor's cache they are read from there.
     """
-    n, most = (4096, 16) if device.type == "cuda" else (768, 128)  # matrices of 64 MiB, or of 2.25 MiB
+    n, most = (
+        (4096, 16) if device.type == "cuda" else (768, 128)
+    )  # matrices of 64 MiB, or of 2.25 MiB
     row, bias, result = torch.ones(1, n, device=device), torch.ones(n, device=device), []
     matrices = [torch.ones(n, n, device=device) for _ in range(most)]
     for count in (2**i for i in range(most.bit_length())):
-        turn = matrices[:count] * max(1, 8 // count)  # few matrices several times, so that there is something to time
+        turn = matrices[:count] * max(
+            1, 8 // count
+        )  # few matrices several times, so that there is something to time
 
         def read(turn: list[torch.Tensor] = turn) -> None:
             for weight in turn:
                 F.linear(row, weight, bias)
 
         seconds = measure(read, repeats=repeats, device=device).median
-        seconds = max(seconds - len(turn) * overhead, seconds / 2)  # a disturbed overhead must not eat the time
+        seconds = max(
+            seconds - len(turn) * overhead, seconds / 2
+        )  # a disturbed overhead must not eat the time
         result.append([count * matrices[0].nbytes, len(turn) * matrices[0].nbytes / seconds])
     return result
 
 
-def linear_rates(dtype: torch.dtype, device: torch.device, repeats: int, overhead: float) -> list[list[float]]:
+def linear_rates(
+    dtype: torch.dtype, device: torch.device, repeats: int, overhead: float
+) -> list[list[float]]:
     """Pairs [rows, FLOP/s] of `F.linear` on 4 to 1024 rows through matrices in turn, `overhead` s a call left out.
 
     This is how a pass over several positions multiplies; over a single one it hardly does more than read. The kernel
     needs many rows to come near the rate of a large square product, and it waits for weights that no cache holds.
     """
-    n, most = (2048, 8) if device.type == "cuda" else (512, 32)  # matrices of 64 MiB, or of 4 MiB, in float32
+    n, most = (
+        (2048, 8) if device.type == "cuda" else (512, 32)
+    )  # matrices of 64 MiB, or of 4 MiB, in float32
     matrices = [torch.ones(4 * n, n, dtype=dtype, device=device) for _ in range(most)]
     bias, result = torch.ones(4 * n, dtype=dtype, device=device), []
     for rows in (4**i for i in range(1, 6)):
-        x, flops = torch.ones(rows, n, dtype=dtype, device=device), 2 * rows * matrices[0].numel()
+        x, flops = (
+            torch.ones(rows, n, dtype=dtype, device=device),
+            2 * rows * matrices[0].numel(),
+        )
         # with many rows a CPU is busy for long, and whether the weights are at hand matters less
         turn = matrices[: most if device.type == "cuda" else max(2, int(8e9 / flops))]
 
@@ -97,9 +124,13 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int) -> float:
     best, before = 0.0, math.inf
     for n in (2**i for i in range(6, 14)):
         a = torch.ones(n, n, dtype=dtype, device=device)
-        seconds = min(measure(lambda a=a: a @ a, repeats=repeats, warmup=1, device=device).times)
+        seconds = min(
+            measure(lambda a=a: a @ a, repeats=repeats, warmup=1, device=device).times
+        )
         best = max(best, 2 * n**3 / seconds)
-        if seconds > max(0.025, 4 * before):  # eight times the work: the arithmetic sets the time, not the waiting
+        if seconds > max(
+            0.025, 4 * before
+        ):  # eight times the work: the arithmetic sets the time, not the waiting
             break
         before = seconds
     return best

@@ -1,20 +1,18 @@
 """Checkpoints: safetensors files that carry their configuration, vocabulary and history; nothing is unpickled."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptlite.corpus import CharTokenizer
+from gptlite.files import ASSETS, write_atomically
 from gptlite.model import GPT, GPTConfig
 
-FOLDER = Path(__file__).resolve().parent.parent / "assets" / "checkpoints"
+FOLDER = ASSETS / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -26,16 +24,10 @@ class Checkpoint:
     info: dict[str, Any]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears, or replaces another, only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
     """Write tensors and a JSON-able `info` to one safetensors file, which appears only when it is whole."""
+    import safetensors.torch
+
     whole = {name: t.contiguous() for name, t in tensors.items()}
     # not with safetensors' own save_file: that lets nobody else read the file
     write_atomically(path, safetensors.torch.save(whole, {"info": json.dumps(info)}))
@@ -43,6 +35,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote; a ValueError says what is wrong with a broken or foreign file."""
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     try:
@@ -56,10 +50,16 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
     return tensors, info
 
 
-def save(path: Path, model: GPT, tokenizer: CharTokenizer, info: dict[str, Any], dtype=torch.float16) -> None:
+def save(
+    path: Path, model: GPT, tokenizer: CharTokenizer, info: dict[str, Any], dtype=torch.float16
+) -> None:
     """Write a model; `dtype` is that of the file (float16 keeps 11 bits of each weight and halves the size)."""
     tensors = {n: t.to(dtype) for n, t in own_tensors(model).items()}
-    write_tensors(path, tensors, {**info, "config": asdict(model.config), "characters": tokenizer.characters})
+    write_tensors(
+        path,
+        tensors,
+        {**info, "config": asdict(model.config), "characters": tokenizer.characters},
+    )
 
 
 def load(path: Path | str) -> Checkpoint:
@@ -73,23 +73,33 @@ def load(path: Path | str) -> Checkpoint:
 def take_description(info: dict[str, Any], source: Path | str) -> tuple[GPT, CharTokenizer]:
     """A fresh model and the tokenizer that a checkpoint's info describes; their descriptions leave the info."""
     try:
-        return GPT(GPTConfig(**info.pop("config"))).eval(), CharTokenizer(info.pop("characters"))
+        return GPT(GPTConfig(**info.pop("config"))).eval(), CharTokenizer(
+            info.pop("characters")
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} does not describe a GPT ({error}).") from None
 
 
 def own_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """A model's tensors by name, without the heads: each is its embedding's matrix, whose tensor is there already."""
-    return {n: t for n, t in model.state_dict().items() if n.split(".")[-2:] != ["lm_head", "weight"]}
+    return {
+        n: t
+        for n, t in model.state_dict().items()
+        if n.split(".")[-2:] != ["lm_head", "weight"]
+    }
 
 
-def load_weights(model: GPT, tensors: dict[str, Tensor], source: Path | str = "the checkpoint") -> None:
+def load_weights(
+    model: GPT, tensors: dict[str, Tensor], source: Path | str = "the checkpoint"
+) -> None:
     """Copy `tensors` into a model; a ValueError names the first that is missing, unknown or of another shape."""
     expected = own_tensors(model)
     for name in sorted(expected.keys() | tensors.keys()):
         have, want = (tuple(d[name].shape) if name in d else None for d in (tensors, expected))
         if have != want:
-            raise ValueError(f"{source} is of another architecture: {name} is {have}, but the model's is {want}.")
+            raise ValueError(
+                f"{source} is of another architecture: {name} is {have}, but the model's is {want}."
+            )
     model.load_state_dict(tensors, strict=False)
 
 
@@ -97,7 +107,9 @@ def load_pretrained(name: str = "teacher") -> Checkpoint:
     """A checkpoint that comes with the book, by name."""
     known = sorted(p.stem for p in FOLDER.glob("*.safetensors"))
     if name not in known:
-        raise ValueError(f"no checkpoint is called {name!r}; known are {', '.join(known) or 'none'}.")
+        raise ValueError(
+            f"no checkpoint is called {name!r}; known are {', '.join(known) or 'none'}."
+        )
     return load(FOLDER / f"{name}.safetensors")
 
 
@@ -117,10 +129,16 @@ def from_hugging_face(theirs: torch.nn.Module) -> GPT:
     c = theirs.config
     for name, value in {**_GPT2, "n_inner": 4 * c.n_embd}.items():
         if getattr(c, name, None) not in (None, value):
-            raise ValueError(f"the model's {name} is {getattr(c, name)}, but GPT-2's is {value}.")
+            raise ValueError(
+                f"the model's {name} is {getattr(c, name)}, but GPT-2's is {value}."
+            )
     model = GPT(GPTConfig(c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size)).eval()
     tensors = {n.removeprefix("transformer."): t for n, t in theirs.state_dict().items()}
-    tensors = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in tensors.items() if n != "lm_head.weight"}
+    tensors = {
+        n: t.t() if n.endswith(_TRANSPOSED) else t
+        for n, t in tensors.items()
+        if n != "lm_head.weight"
+    }
     load_weights(model, tensors, "the Hugging Face model")
     return model
 
@@ -130,18 +148,33 @@ def to_hugging_face(model: GPT) -> torch.nn.Module:
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
-        raise ImportError("Hugging Face's GPT-2 needs transformers: pip install transformers.") from None
+        raise ImportError(
+            "Hugging Face's GPT-2 needs transformers: pip install transformers."
+        ) from None
     c = model.config
     if c.kv_heads != c.n_head:
-        raise ValueError(f"GPT-2 has no grouped queries, but the model has {c.kv_heads} KV heads for {c.n_head} heads.")
+        raise ValueError(
+            f"GPT-2 has no grouped queries, but the model has {c.kv_heads} KV heads for {c.n_head} heads."
+        )
     if (c.n_head * c.head_dim, c.hidden) != (c.n_embd, 4 * c.n_embd):
         raise ValueError(
             f"GPT-2 has heads as wide as its {c.n_embd} channels and MLPs four times as wide, but the model's are "
             f"{c.n_head * c.head_dim} and {c.hidden} wide."
         )
-    shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size}
-    theirs = GPT2LMHeadModel(GPT2Config(**shape, vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None)).eval()
-    ours = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    shape = {
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_embd": c.n_embd,
+        "n_positions": c.block_size,
+    }
+    theirs = GPT2LMHeadModel(
+        GPT2Config(**shape, vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None)
+    ).eval()
+    ours = {
+        n: t.t() if n.endswith(_TRANSPOSED) else t
+        for n, t in model.state_dict().items()
+        if n != "lm_head.weight"
+    }
     theirs.transformer.load_state_dict(ours)
     return theirs
 
@@ -151,5 +184,7 @@ def load_gpt2(name: str = "gpt2") -> GPT:
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
-        raise ImportError("the GPT-2 weights need transformers: pip install transformers.") from None
+        raise ImportError(
+            "the GPT-2 weights need transformers: pip install transformers."
+        ) from None
     return from_hugging_face(GPT2LMHeadModel.from_pretrained(name))

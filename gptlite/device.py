@@ -21,7 +21,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     and emulates it, up to several hundred times slower.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.get_device_capability(device) >= (8, 0)
+            else torch.float16
+        )
 
     def seconds(dtype: torch.dtype) -> float:
         a, best = torch.ones(256, 256, dtype=dtype), float("inf")

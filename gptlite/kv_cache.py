@@ -9,18 +9,25 @@ from torch import Tensor
 from gptlite.model import GPTConfig
 
 
-def kv_cache_shape(config: GPTConfig, B: int = 1, max_len: int | None = None) -> tuple[int, int, int, int, int]:
+def kv_cache_shape(
+    config: GPTConfig, B: int = 1, max_len: int | None = None
+) -> tuple[int, int, int, int, int]:
     """Shape (n_layer, B, n_kv_head, max_len, head_dim) of the keys, and again of the values."""
     max_len = config.block_size if max_len is None else max_len
     if B < 1:
         raise ValueError(f"the batch is {B}, but must be at least 1.")
     if not 0 < max_len <= config.block_size:
-        raise ValueError(f"max_len is {max_len}, but must be from 1 to the model's block_size of {config.block_size}.")
+        raise ValueError(
+            f"max_len is {max_len}, but must be from 1 to the model's block_size of {config.block_size}."
+        )
     return config.n_layer, B, config.kv_heads, max_len, config.head_dim
 
 
 def kv_cache_bytes(
-    config: GPTConfig, B: int = 1, max_len: int | None = None, dtype: torch.dtype = torch.float32
+    config: GPTConfig,
+    B: int = 1,
+    max_len: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> int:
     """Bytes that such a cache takes, known before it is made."""
     return 2 * math.prod(kv_cache_shape(config, B, max_len)) * dtype.itemsize
@@ -42,7 +49,9 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         shape = kv_cache_shape(config, B, max_len)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (n_layer, B, H_kv, max_len, D)
+        self.k = torch.zeros(
+            shape, dtype=dtype, device=device
+        )  # (n_layer, B, H_kv, max_len, D)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
 
@@ -67,7 +76,9 @@ class KVCache:
 
     def _keys_and_values(self, i: int) -> tuple[Tensor, Tensor]:
         if i >= len(self.k):
-            raise ValueError(f"the model has more layers than the {len(self.k)} that the cache is for.")
+            raise ValueError(
+                f"the model has more layers than the {len(self.k)} that the cache is for."
+            )
         return self.k[i], self.v[i]
 
     def advance(self, T: int) -> None:
@@ -102,7 +113,9 @@ class LayerCache:
         self._check(k)
         end = self.length + k.shape[2]
         _check_room(end, self.k.shape[2])
-        self.k[:, :, self.length : end] = k.detach()  # else the cache would keep the graph of every past step alive
+        self.k[:, :, self.length : end] = (
+            k.detach()
+        )  # else the cache would keep the graph of every past step alive
         self.v[:, :, self.length : end] = v.detach()
         return self.k[:, :, :end], self.v[:, :, :end]
 
@@ -114,10 +127,14 @@ class LayerCache:
         B, H_kv, _, D = self.k.shape
         if (k.shape[0], k.shape[1], k.shape[3]) != (B, H_kv, D):
             found = f"batch {k.shape[0]}, {k.shape[1]} KV heads of size {k.shape[3]}"
-            raise ValueError(f"the model brings {found}, but the cache is for batch {B}, {H_kv} KV heads of size {D}.")
+            raise ValueError(
+                f"the model brings {found}, but the cache is for batch {B}, {H_kv} KV heads of size {D}."
+            )
         if (k.dtype, k.device) != (self.k.dtype, self.k.device):
             mine = f"{self.k.dtype} on {self.k.device}"
-            raise TypeError(f"the model's keys are {k.dtype} on {k.device}, but the cache holds {mine}.")
+            raise TypeError(
+                f"the model's keys are {k.dtype} on {k.device}, but the cache holds {mine}."
+            )
 
 
 class StaticKVCache(KVCache):
@@ -151,7 +168,9 @@ class StaticKVCache(KVCache):
     @length.setter
     def length(self, length: int) -> None:
         self.past.fill_(length)
-        self.empty = length == 0  # the one thing that changes in Python, and once: a prompt is another program anyway
+        self.empty = (
+            length == 0
+        )  # the one thing that changes in Python, and once: a prompt is another program anyway
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         """Positions (T,) of the next T tokens in the text.
@@ -195,5 +214,8 @@ class StaticLayerCache(LayerCache):
         """True (T, max_len) where one of the last T queries may see a key: those that are written, up to its own."""
         if self.empty:
             return None
-        keys, queries = torch.arange(self.k.shape[2], device=self.k.device), torch.arange(T, device=self.k.device)
+        keys, queries = (
+            torch.arange(self.k.shape[2], device=self.k.device),
+            torch.arange(T, device=self.k.device),
+        )
         return keys <= self.length + queries[:, None]

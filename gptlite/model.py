@@ -7,19 +7,44 @@ heads have been taken out.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gptlite.kv_cache import KVCache, LayerCache
-
 # attention(q, k, v, mask) with q (B, H, Tq, D) and k, v (B, H_kv, Tk, D) -> (B, H, Tq, D); the mask (Tq, Tk) is True
 # where a query may see a key, and None means causal: the last query sees every key
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class LayerCache(Protocol):
+    """What attention asks of one layer of a cache."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new keys and values (B, H_kv, T, D); return all that attention is to see, (B, H_kv, Tk, D)."""
+        ...
+
+    def mask(self, T: int) -> Tensor | None:
+        """Which of those keys each of the last T queries may see, (T, Tk); None: all up to itself."""
+        ...
+
+
+class Cache(Protocol):
+    """What the model asks of a KV cache; `gptlite.kv_cache` and the chapters' smaller ones are of this form."""
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """Positions (T,) of the next T tokens; a ValueError if they do not fit."""
+        ...
+
+    def layer(self, i: int) -> LayerCache:
+        """What block i needs to see."""
+        ...
+
+    def advance(self, T: int) -> None:
+        """Count T appended tokens as past; called once, after the last layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,21 +56,38 @@ class GPTConfig:
     n_embd: int = 384
     block_size: int = 256  # the longest context: one learned position for each
     vocab_size: int = 65
-    n_kv_head: int | None = None  # heads of keys and values; None means n_head, fewer is grouped-query attention
+    n_kv_head: int | None = (
+        None  # heads of keys and values; None means n_head, fewer is grouped-query attention
+    )
     dropout: float = 0.0  # on the embedding and on each residual branch, in training only
-    head_size: int | None = None  # None means n_embd / n_head; what is left after pruning may be another
+    head_size: int | None = (
+        None  # None means n_embd / n_head; what is left after pruning may be another
+    )
     n_hidden: int | None = None  # neurons of an MLP; None means 4 n_embd
 
     def __post_init__(self):
-        whole = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_kv_head", "head_size", "n_hidden")
+        whole = (
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "block_size",
+            "vocab_size",
+            "n_kv_head",
+            "head_size",
+            "n_hidden",
+        )
         for name in whole:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
         if self.head_size is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide.")
+            raise ValueError(
+                f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide."
+            )
         if self.n_head % self.kv_heads:
-            raise ValueError(f"n_head is {self.n_head}, which n_kv_head = {self.kv_heads} does not divide.")
+            raise ValueError(
+                f"n_head is {self.n_head}, which n_kv_head = {self.kv_heads} does not divide."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1.")
 
@@ -93,7 +135,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     if mask is None and 1 < Tq < Tk:
         mask = causal_mask(Tq, Tk, q.device)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=square, enable_gqa=grouped
+    )
 
 
 class CausalSelfAttention(nn.Module):
@@ -101,14 +145,22 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, attention: Attention):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_dim
-        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim)
+        self.n_head, self.n_kv_head, self.head_dim = (
+            config.n_head,
+            config.kv_heads,
+            config.head_dim,
+        )
+        self.c_attn = nn.Linear(
+            config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim
+        )
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd)
         self.attention = attention
 
-    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+        qkv = (
+            self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        )  # (B, H + 2 H_kv, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         mask = None
         if cache is not None:
@@ -141,7 +193,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         x = x + self.dropout(self.attn(self.ln_1(x), cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
@@ -170,7 +222,9 @@ class GPT(nn.Module):
         if isinstance(module, (CausalSelfAttention, MLP)):  # applied after its children
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx: Tensor, cache: "KVCache | None" = None, last_only: bool = False) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: Cache | None = None, last_only: bool = False
+    ) -> Tensor:
         """Logits (B, T, V) for the token after each of idx (B, T), given also what `cache` holds of its past.
 
         With `last_only` the head, the widest matrix, works for the last position alone: logits (B, 1, V).
@@ -178,8 +232,14 @@ class GPT(nn.Module):
         T = idx.shape[1]
         longest = T if cache is None else cache.max_len
         if longest > self.config.block_size:
-            raise ValueError(f"{longest} tokens are more than the model's block_size of {self.config.block_size}.")
-        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)
+            raise ValueError(
+                f"{longest} tokens are more than the model's block_size of {self.config.block_size}."
+            )
+        positions = (
+            torch.arange(T, device=idx.device)
+            if cache is None
+            else cache.positions(T, idx.device)
+        )
         x = self.dropout(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layer(i))
@@ -195,9 +255,16 @@ class GPT(nn.Module):
 
     def swap_linears(self, make: Callable[[nn.Linear], nn.Module]) -> "GPT":
         """The same model, in place, with `make(linear)` where each Linear was, the head included."""
-        places = [(m, name, c) for m in self.modules() for name, c in m.named_children() if isinstance(c, nn.Linear)]
+        places = [
+            (m, name, c)
+            for m in self.modules()
+            for name, c in m.named_children()
+            if isinstance(c, nn.Linear)
+        ]
         if not places:
-            raise ValueError("the model has no Linear left to swap; begin with a copy of the original.")
+            raise ValueError(
+                "the model has no Linear left to swap; begin with a copy of the original."
+            )
         for module, name, linear in places:
             setattr(module, name, make(linear))
         return self

@@ -16,7 +16,11 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     Newton-Schulz: X <- (a + b X X^T + c (X X^T)^2) X, from X = G / ||G||. A singular value below about 0.0015 of the
     norm needs more steps; one of zero stays zero.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero, so that small singular values grow fastest
+    a, b, c = (
+        3.4445,
+        -4.7750,
+        2.0315,
+    )  # steepest at zero, so that small singular values grow fastest
     tall = G.shape[-2] > G.shape[-1]
     X = G.mT if tall else G  # (..., m, n) with m <= n, so that X X^T is the smaller square
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -39,10 +43,15 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype})
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype},
+        )
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.ndim != 2:
-                raise ValueError(f"Muon takes matrices, but a parameter has the shape {tuple(p.shape)}.")
+                raise ValueError(
+                    f"Muon takes matrices, but a parameter has the shape {tuple(p.shape)}."
+                )
 
     @torch.no_grad()
     def step(self, closure=None) -> None:

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gptlite.bench import Ratio, Timing, three_digits, time_unit
-from gptlite.checkpoints import write_atomically
+from gptlite.bench import Ratio, Timing
+from gptlite.files import ASSETS, write_atomically
 from gptlite.roofline import Machine
+from gptlite.units import quantity, three_digits
 
-FOLDER = Path(__file__).resolve().parent.parent / "assets" / "results"
+FOLDER = ASSETS / "results"
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,18 @@ class Measurement:
     def __post_init__(self):
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise ValueError(f"the {name} of {self.metric!r} is {number!r}, but must be a finite number.")
+            if (
+                isinstance(number, bool)
+                or not isinstance(number, (int, float))
+                or not math.isfinite(number)
+            ):
+                raise ValueError(
+                    f"the {name} of {self.metric!r} is {number!r}, but must be a finite number."
+                )
         if not self.low <= self.value <= self.high:
-            raise ValueError(f"{self.metric!r} has {self.value} outside its spread, {self.low} to {self.high}.")
+            raise ValueError(
+                f"{self.metric!r} has {self.value} outside its spread, {self.low} to {self.high}."
+            )
         if not all(isinstance(text, str) and text for text in (self.metric, self.unit)):
             raise ValueError(
                 f"a measurement has metric {self.metric!r} and unit {self.unit!r}, but both must be names."
@@ -44,7 +53,11 @@ class Measurement:
 
 
 def measurement(
-    metric: str, measured: Timing | Ratio | float, unit: str = "", command: str = "", **context: Any
+    metric: str,
+    measured: Timing | Ratio | float,
+    unit: str = "",
+    command: str = "",
+    **context: Any,
 ) -> Measurement:
     """A `Measurement` of a timing (in seconds), of a ratio, or of a number without spread, whose unit must be given."""
     if isinstance(measured, (Timing, Ratio)):
@@ -70,12 +83,16 @@ def machine_title(machine: Machine) -> str:
     return f"{machine.name}, {machine.threads} thread{'s' if machine.threads > 1 else ''}"
 
 
-def record(machine: Machine, measurements: Iterable[Measurement], folder: Path = FOLDER) -> Path:
+def record(
+    machine: Machine, measurements: Iterable[Measurement], folder: Path = FOLDER
+) -> Path:
     """Add measurements to the machine's file, each in the place of an older one of its metric; return the file's path.
 
     The file appears whole or not at all; today's date and the torch release are written beside each measurement.
     """
-    path = folder / (re.sub(r"[^a-z0-9]+", "-", machine_title(machine).lower()).strip("-") + ".json")
+    path = folder / (
+        re.sub(r"[^a-z0-9]+", "-", machine_title(machine).lower()).strip("-") + ".json"
+    )
     known = _read(path).measurements if path.exists() else {}
     stamp = {"date": time.strftime("%Y-%m-%d"), "torch": machine.torch}
     known |= {m.metric: replace(m, **stamp) for m in measurements}
@@ -104,7 +121,11 @@ def _read(path: Path) -> Results:
     return Results(machine, by_metric)
 
 
-def table(machine: Machine, measurements: Iterable[Measurement], recorded: dict[str, Results] | None = None) -> str:
+def table(
+    machine: Machine,
+    measurements: Iterable[Measurement],
+    recorded: dict[str, Results] | None = None,
+) -> str:
     """A Markdown table of measurements made here beside the same metrics in the book's records.
 
     A column for each recorded machine that has one of them, and in it how many times as much was measured here.
@@ -112,30 +133,30 @@ def table(machine: Machine, measurements: Iterable[Measurement], recorded: dict[
     here = {m.metric: m for m in measurements}
     recorded = load() if recorded is None else recorded
     others = [r for r in recorded.values() if here.keys() & r.measurements.keys()]
-    rows = [["", f"here: {machine_title(machine)}", *(machine_title(r.machine) for r in others)]]
+    rows = [
+        ["", f"here: {machine_title(machine)}", *(machine_title(r.machine) for r in others)]
+    ]
     rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
     for metric, mine in here.items():
         theirs = [r.measurements.get(metric) for r in others]
-        rows.append([metric, quantity(mine.value, mine.unit), *(_beside(mine, other) for other in theirs)])
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+        rows.append(
+            [
+                metric,
+                quantity(mine.value, mine.unit),
+                *(_beside(mine, other) for other in theirs),
+            ]
+        )
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows
+    )
 
 
 def _beside(mine: Measurement, other: Measurement | None) -> str:
     if other is None:
         return "not recorded"
     if mine.unit != other.unit:
-        raise ValueError(f"{mine.metric!r} is in {mine.unit} here, but was recorded in {other.unit}.")
+        raise ValueError(
+            f"{mine.metric!r} is in {mine.unit} here, but was recorded in {other.unit}."
+        )
     there = quantity(other.value, other.unit)
     return f"{there} (here {three_digits(mine.value / other.value)}x)" if other.value else there
-
-
-def quantity(value: float, unit: str) -> str:
-    """A number and its unit as the book prints them: "12.3 ms", "4.72 MB", "5.30x", "24.1 tokens/s"."""
-    if unit == "s":
-        scale, unit = time_unit(value)
-    elif unit == "bytes":
-        scale, unit = next(((s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= s), (1, "bytes"))
-    else:
-        scale = 1
-    text = f"{value:,}" if isinstance(value, int) and scale == 1 else three_digits(value / scale)
-    return text + unit if unit == "x" else f"{text} {unit}"

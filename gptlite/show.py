@@ -12,22 +12,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptlite.colors import COLORS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gptlite.roofline import Machine
 
-# The hues of Okabe and Ito (2008), which colour-blind readers tell apart, without yellow. Their lightness is chosen so
-# that each stands out 3:1 from a white page and from a dark one (#121212), and each from every other. Black is not
-# among them, because `figure` turns it into the page's own text colour: use "black" for what is to look like text.
-COLORS = {
-    "blue": "#006BA8",
-    "orange": "#BD8300",
-    "green": "#007555",
-    "red": "#A24700",
-    "purple": "#C66A9D",
-    "sky": "#209CE2",
-}
 GLUE_PREFIX = "application/papermill.record/"  # myst-nb hides an output of this type and keeps it for other pages
 
 
@@ -47,7 +38,10 @@ def say(text: str, name: str | None = None) -> None:
 
 
 def table(
-    rows: Iterable[Sequence[Any]], header: Sequence[Any], align: str | None = None, name: str | None = None
+    rows: Iterable[Sequence[Any]],
+    header: Sequence[Any],
+    align: str | None = None,
+    name: str | None = None,
 ) -> None:
     """Display a Markdown table; under `name`, pages without code may show it too: ```{glue} name with its `:doc:`.
 
@@ -55,21 +49,33 @@ def table(
     """
     align = "l" + "r" * (len(header) - 1) if align is None else align
     if len(align) != len(header) or set(align) - set("lrc"):
-        raise ValueError(f"align is {align!r}, but must have one of l, r and c for each of {len(header)} columns.")
+        raise ValueError(
+            f"align is {align!r}, but must have one of l, r and c for each of {len(header)} columns."
+        )
     lines = [[str(cell) for cell in row] for row in (header, *rows)]
     for line in lines:
         if len(line) != len(header):
-            raise ValueError(f"the row {line} has {len(line)} cells, but the header has {len(header)}.")
+            raise ValueError(
+                f"the row {line} has {len(line)} cells, but the header has {len(header)}."
+            )
     rule = [{"l": ":--", "r": "--:", "c": ":-:"}[letter] for letter in align]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    _display({"text/markdown": "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))})
+    _display(
+        {
+            "text/markdown": "\n".join(
+                "| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:])
+            )
+        }
+    )
     if name is not None:
         _display({GLUE_PREFIX + "text/html": _html_table(lines, align)}, name, GLUE_PREFIX)
 
 
 def glue(name: str, value: Any) -> None:
     """Keep a number or a text under `name`, unseen here, for other pages: {glue:text}`notebook.ipynb::name:.1f`."""
-    value = value.item() if hasattr(value, "item") else value  # a tensor's or an array's one number
+    value = (
+        value.item() if hasattr(value, "item") else value
+    )  # a tensor's or an array's one number
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}, but only a finite number may be quoted.")
     _display({GLUE_PREFIX + "text/plain": str(value)}, name, GLUE_PREFIX)
@@ -102,7 +108,10 @@ def style() -> None:
 
     plt.rcParams.update(
         {
-            "figure.figsize": (5.5, 3.3),  # inches; at the width of a phone the text is still about 9 pixels high
+            "figure.figsize": (
+                5.5,
+                3.3,
+            ),  # inches; at the width of a phone the text is still about 9 pixels high
             "figure.constrained_layout.use": True,
             "font.size": 11,
             "axes.titlesize": 11,
@@ -125,7 +134,9 @@ def machine_line(machine: "Machine", dtype: Any = "float32") -> None:
     """Display one line that names the processor, its threads, torch and the number format of what follows."""
     dtype = str(dtype).removeprefix("torch.")
     threads = "1 thread" if machine.threads == 1 else f"{machine.threads} threads"
-    say(f"*Measured on {machine.name} ({machine.device}, {threads}), torch {machine.torch}, {dtype}.*")
+    say(
+        f"*Measured on {machine.name} ({machine.device}, {threads}), torch {machine.torch}, {dtype}.*"
+    )
 
 
 def _html_table(lines: list[list[str]], align: str) -> str:
@@ -134,7 +145,13 @@ def _html_table(lines: list[list[str]], align: str) -> str:
 
     def row(tag: str, line: list[str]) -> str:
         cells = zip(sides, map(html.escape, line), strict=True)
-        return "<tr>" + "".join(f'<{tag} style="text-align:{side}">{cell}</{tag}>' for side, cell in cells) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f'<{tag} style="text-align:{side}">{cell}</{tag}>' for side, cell in cells
+            )
+            + "</tr>"
+        )
 
     body = "".join(row("td", line) for line in lines[1:])
     return f'<table class="table"><thead>{row("th", lines[0])}</thead><tbody>{body}</tbody></table>'
@@ -145,7 +162,13 @@ def _listing(obj: Any) -> str:
     if isinstance(obj, Path):
         language = {".h": "cpp"}.get(obj.suffix, obj.suffix.lstrip("."))
         return _fenced(obj.read_text(encoding="utf-8"), language)
-    code = obj.fget if isinstance(obj, property) else obj.func if isinstance(obj, cached_property) else obj
+    code = (
+        obj.fget
+        if isinstance(obj, property)
+        else obj.func
+        if isinstance(obj, cached_property)
+        else obj
+    )
     try:
         return _fenced(textwrap.dedent(inspect.getsource(code)), "python")
     except (TypeError, OSError):
@@ -166,24 +189,35 @@ def _svg(fig: "Figure") -> str:
 
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gptlite"}):
-        fig.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        fig.savefig(
+            buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+        )
     return buffer.getvalue().decode()
 
 
 # a drawing's <style> would reach every other drawing of the page; its rules become attributes of the root instead
-_DOCUMENT = re.compile(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", re.DOTALL)
-_LEGEND_BOX = re.compile(r'(id="legend_\d+">\s*<g id="patch_\d+">\s*<path d="[^"]*" style=")fill: #ffffff')
+_DOCUMENT = re.compile(
+    r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", re.DOTALL
+)
+_LEGEND_BOX = re.compile(
+    r'(id="legend_\d+">\s*<g id="patch_\d+">\s*<path d="[^"]*" style=")fill: #ffffff'
+)
 
 
 def _inline_svg(svg: str, alt: str) -> str:
     """Matplotlib's SVG document as one element for an HTML page: small, harmless to its surroundings, described."""
-    width, height = (float(size) for size in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups())
+    width, height = (
+        float(size)
+        for size in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups()
+    )
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = _DOCUMENT.sub("", body)
     body = _LEGEND_BOX.sub(r"\1fill: none", body)
     body = re.sub(r"<[^>]+>", lambda tag: _tidy(tag[0]), body)
     body = re.sub(r">\s+<", "><", body.strip())
-    body = re.sub(r'<path d="[^"]*" style="fill: none"/>', "", body)  # the transparent background of figure and axes
+    body = re.sub(
+        r'<path d="[^"]*" style="fill: none"/>', "", body
+    )  # the transparent background of figure and axes
     body = _unique_ids(body)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(alt)}" '
@@ -196,10 +230,18 @@ def _tidy(tag: str) -> str:
     """One tag with black as the page's text colour, the page's own font, and coordinates to a hundredth of a point."""
     if "base64," in tag:
         return tag.replace("\n", "").replace("xlink:href", "href")
-    tag = re.sub(r"\s+", " ", tag).replace("xlink:href", "href").replace("#000000", "currentColor")
+    tag = (
+        re.sub(r"\s+", " ", tag)
+        .replace("xlink:href", "href")
+        .replace("#000000", "currentColor")
+    )
     tag = re.sub(r"font-family: (?:'[^']*', )*sans-serif(?:; )?", "", tag)
-    tag = re.sub(r"(?:'[^']*', )+sans-serif", "sans-serif", tag)  # in the `font:` of Matplotlib before 3.10
-    return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag)
+    tag = re.sub(
+        r"(?:'[^']*', )+sans-serif", "sans-serif", tag
+    )  # in the `font:` of Matplotlib before 3.10
+    return re.sub(
+        r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag
+    )
 
 
 def _unique_ids(body: str) -> str:
@@ -207,7 +249,9 @@ def _unique_ids(body: str) -> str:
     prefix = "f" + sha256(body.encode()).hexdigest()[:8]
     used = dict.fromkeys(re.findall(r'(?:url\(|href=")#([\w.-]+)', body))
     names = {old: f"{prefix}-{i}" for i, old in enumerate(used)}
-    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", body)
+    body = re.sub(
+        r' id="([^"]*)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", body
+    )
     return re.sub(r'(url\(|href=")#([\w.-]+)', lambda m: f"{m[1]}#{names[m[2]]}", body)
 
 
@@ -219,4 +263,8 @@ def _display(data: dict[str, str], name: str | None = None, prefix: str = "") ->
     if get_ipython() is None:
         print(data.get("text/plain", data.get("text/markdown", "")), end="" if prefix else "\n")
     else:
-        display(data, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}} if name else {})
+        display(
+            data,
+            raw=True,
+            metadata={"scrapbook": {"name": name, "mime_prefix": prefix}} if name else {},
+        )

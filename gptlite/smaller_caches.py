@@ -18,13 +18,21 @@ def share_kv_heads(model: GPT, n_kv_head: int) -> GPT:
     """
     config = model.config
     if n_kv_head < 1 or config.kv_heads % n_kv_head:
-        raise ValueError(f"n_kv_head is {n_kv_head}, which does not divide the model's {config.kv_heads} KV heads.")
-    made = GPT(replace(config, n_kv_head=n_kv_head), model.h[0].attn.attention).to(model.wte.weight)
+        raise ValueError(
+            f"n_kv_head is {n_kv_head}, which does not divide the model's {config.kv_heads} KV heads."
+        )
+    made = GPT(replace(config, n_kv_head=n_kv_head), model.h[0].attn.attention).to(
+        model.wte.weight
+    )
     tensors = model.state_dict()
-    for name in [name for name in tensors if "c_attn" in name]:  # weight (C + 2 H_kv D, C) or bias (C + 2 H_kv D)
+    for name in [
+        name for name in tensors if "c_attn" in name
+    ]:  # weight (C + 2 H_kv D, C) or bias (C + 2 H_kv D)
         width = config.kv_heads * config.head_dim
         q, k, v = tensors[name].split([config.n_head * config.head_dim, width, width])
-        grouped = [t.view(n_kv_head, -1, config.head_dim, *t.shape[1:]) for t in (k, v)]  # (H_kv, group, D, ...)
+        grouped = [
+            t.view(n_kv_head, -1, config.head_dim, *t.shape[1:]) for t in (k, v)
+        ]  # (H_kv, group, D, ...)
         tensors[name] = torch.cat([q, *(t.mean(1).flatten(0, 1) for t in grouped)])
     made.load_state_dict(tensors)
     return made.train(model.training)
@@ -64,7 +72,9 @@ class RollingKVCache(KVCache):
         device: torch.device | str = "cpu",
     ):
         if window < 1 or sinks < 0:
-            raise ValueError(f"window is {window} and sinks is {sinks}, but they must be at least 1 and 0.")
+            raise ValueError(
+                f"window is {window} and sinks is {sinks}, but they must be at least 1 and 0."
+            )
         super().__init__(config, B, sinks + window, dtype, device)
         self.window, self.sinks, self.block_size = window, sinks, config.block_size
 
@@ -76,12 +86,16 @@ class RollingKVCache(KVCache):
 
     def layer(self, i: int) -> "RollingLayerCache":
         """What block i of the model needs to see."""
-        return RollingLayerCache(*self._keys_and_values(i), self.length, self.window, self.sinks)
+        return RollingLayerCache(
+            *self._keys_and_values(i), self.length, self.window, self.sinks
+        )
 
     def rewind(self, length: int = 0) -> None:
         """Forget all but the first `length` tokens, as long as none of them has been overwritten; or everything."""
         if length and self.length > self.max_len:
-            raise ValueError(f"a cache that has rolled on to {self.length} tokens can only be rewound to 0.")
+            raise ValueError(
+                f"a cache that has rolled on to {self.length} tokens can only be rewound to 0."
+            )
         super().rewind(length)
 
 
@@ -96,7 +110,9 @@ class RollingLayerCache(LayerCache):
         """Keep k and v (B, H_kv, T, D); return them behind what was kept, or for a single token what is kept now."""
         self._check(k)
         k, v, T = k.detach(), v.detach(), k.shape[2]
-        if T == 1:  # all that it takes; the slot is a Python number, so that no device is waited for
+        if (
+            T == 1
+        ):  # all that it takes; the slot is a Python number, so that no device is waited for
             slot = self._slot(self.length)
             self.k[:, :, slot : slot + 1], self.v[:, :, slot : slot + 1] = k, v
             kept = min(self.length + 1, self.k.shape[2])
@@ -116,9 +132,14 @@ class RollingLayerCache(LayerCache):
         if T == 1:
             return None  # what has left the window has just been overwritten
         slot = torch.arange(min(self.length, self.k.shape[2]), device=self.k.device)
-        newest = self.length - 1 - (self.length - 1 - slot) % self.window  # the last token that took the slot
+        newest = (
+            self.length - 1 - (self.length - 1 - slot) % self.window
+        )  # the last token that took the slot
         new = torch.arange(self.length, self.length + T, device=self.k.device)
-        keys, queries = torch.cat([torch.where(slot < self.sinks, slot, newest), new]), new[:, None]
+        keys, queries = (
+            torch.cat([torch.where(slot < self.sinks, slot, newest), new]),
+            new[:, None],
+        )
         return (keys <= queries) & ((keys < self.sinks) | (keys > queries - self.window))
 
 
@@ -128,9 +149,17 @@ def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     A group runs along `dim`. A number is about code * step + least, off by half a step; both are float16.
     """
     least, most = x.aminmax(dim=dim, keepdim=True)
-    step = ((most - least) / (2**bits - 1)).clamp(min=2**-14)  # where all numbers are equal there is none
+    step = ((most - least) / (2**bits - 1)).clamp(
+        min=2**-14
+    )  # where all numbers are equal there is none
     scale = torch.stack([step, least]).half()
-    codes = ((x - scale[1]) / scale[0]).round().clamp(0, 2**bits - 1).byte().unflatten(-1, (-1, 8 // bits))
+    codes = (
+        ((x - scale[1]) / scale[0])
+        .round()
+        .clamp(0, 2**bits - 1)
+        .byte()
+        .unflatten(-1, (-1, 8 // bits))
+    )
     return (codes << _shifts(bits, x.device)).sum(-1, dtype=torch.uint8), scale
 
 
@@ -179,16 +208,25 @@ class QuantizedKVCache(KVCache):
     ):
         L, B, H, T, D = kv_cache_shape(config, B, max_len)
         if bits not in (2, 4, 8) or D * bits % 8:
-            raise ValueError(f"bits is {bits}, but must be 2, 4 or 8, and {D} such codes must fill whole bytes.")
+            raise ValueError(
+                f"bits is {bits}, but must be 2, 4 or 8, and {D} such codes must fill whole bytes."
+            )
         if group < 1:
             raise ValueError(f"group is {group}, but must be at least 1.")
         groups = math.ceil(T / group)
-        codes, scales = {"dtype": torch.uint8, "device": device}, {"dtype": torch.float16, "device": device}
+        codes, scales = (
+            {"dtype": torch.uint8, "device": device},
+            {"dtype": torch.float16, "device": device},
+        )
         self.k = torch.zeros(L, B, H, groups, group, D * bits // 8, **codes)
-        self.k_scale = torch.zeros(2, L, B, H, groups, 1, D, **scales)  # step and least value of each channel
+        self.k_scale = torch.zeros(
+            2, L, B, H, groups, 1, D, **scales
+        )  # step and least value of each channel
         self.v = torch.zeros(L, B, H, T, D * bits // 8, **codes)
         self.v_scale = torch.zeros(2, L, B, H, T, 1, **scales)  # and of each token
-        self.recent = torch.zeros(L, B, H, group, D, dtype=dtype, device=device)  # keys of the unfinished group
+        self.recent = torch.zeros(
+            L, B, H, group, D, dtype=dtype, device=device
+        )  # keys of the unfinished group
         self.bits, self.length = bits, 0
 
     @property
@@ -204,14 +242,21 @@ class QuantizedKVCache(KVCache):
     def layer(self, i: int) -> "QuantizedLayerCache":
         """What block i of the model needs to see."""
         k, v = self._keys_and_values(i)
-        return QuantizedLayerCache(k, v, self.length, self.k_scale[:, i], self.v_scale[:, i], self.recent[i], self.bits)
+        return QuantizedLayerCache(
+            k, v, self.length, self.k_scale[:, i], self.v_scale[:, i], self.recent[i], self.bits
+        )
 
     def rewind(self, length: int = 0) -> None:
         """Forget all but the first `length` tokens; keys of a group that was full come back rounded."""
         before, (first, rest) = self.length, divmod(length, self.recent.shape[3])
         super().rewind(length)
         if rest and first < before // self.recent.shape[3]:
-            group = dequantize(self.k[:, :, :, first], self.k_scale[:, :, :, :, first], self.bits, self.recent.dtype)
+            group = dequantize(
+                self.k[:, :, :, first],
+                self.k_scale[:, :, :, :, first],
+                self.bits,
+                self.recent.dtype,
+            )
             self.recent.copy_(group)
 
 
@@ -230,14 +275,18 @@ class QuantizedLayerCache(LayerCache):
         k, v, start, end = k.detach(), v.detach(), self.length, self.length + k.shape[2]
         self.v[:, :, start:end], self.v_scale[:, :, :, start:end] = quantize(v, self.bits, -1)
         group = self.recent.shape[2]
-        for first in range(start // group * group, end, group):  # the groups that new tokens fall into
+        for first in range(
+            start // group * group, end, group
+        ):  # the groups that new tokens fall into
             a, b = max(first, start), min(first + group, end)
             self.recent[:, :, a - first : b - first] = k[:, :, a - start : b - start]
             if b == first + group:
                 i = first // group
                 self.k[:, :, i], self.k_scale[:, :, :, i] = quantize(self.recent, self.bits, -2)
         full = end // group
-        keys = dequantize(self.k[:, :, :full], self.k_scale[:, :, :, :full], self.bits, k.dtype).flatten(2, 3)
+        keys = dequantize(
+            self.k[:, :, :full], self.k_scale[:, :, :, :full], self.bits, k.dtype
+        ).flatten(2, 3)
         values = dequantize(self.v[:, :, :end], self.v_scale[:, :, :, :end], self.bits, k.dtype)
         return torch.cat([keys, self.recent[:, :, : end - full * group]], 2), values
 

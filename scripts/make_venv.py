@@ -24,9 +24,20 @@ def run(command, **options):
 def pip_install(python, arguments, log):
     """Run `pip install`, what a reader waits for shown, all of it kept; return its exit status and its output."""
     # modules are compiled when they are first imported: most never are
-    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "--no-compile"]
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        "--no-compile",
+    ]
     command += arguments
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     lines = []
     with open(log, "a") as file:
         for raw in process.stdout:
@@ -58,11 +69,19 @@ def main(venv):
         import venv as _  # noqa: F401
     except ImportError:
         version = "%d.%d" % sys.version_info[:2]
-        fail("this Python has no venv module; install it (Debian, Ubuntu: apt-get install python%s-venv)." % version)
+        fail(
+            "this Python has no venv module; install it (Debian, Ubuntu: apt-get install python%s-venv)."
+            % version
+        )
 
     python = os.path.join(venv, "bin", "python")
-    if not os.path.exists(python) or run([python, "-c", "import pip"], stderr=subprocess.DEVNULL):
-        print("Making %s with Python %d.%d.%d" % ((os.path.relpath(venv, ROOT),) + sys.version_info[:3]))
+    if not os.path.exists(python) or run(
+        [python, "-c", "import pip"], stderr=subprocess.DEVNULL
+    ):
+        print(
+            "Making %s with Python %d.%d.%d"
+            % ((os.path.relpath(venv, ROOT),) + sys.version_info[:3])
+        )
         if run([sys.executable, "-m", "venv", "--clear", venv]):
             fail("python -m venv could not make %s; its own message is above." % venv)
 
@@ -72,7 +91,9 @@ def main(venv):
     extra = os.environ.get("PIP_ARGS", "").split()
     status, said = pip_install(python, ["-r", "requirements.txt"] + extra, log)
     if not status:
-        status, said = pip_install(python, ["--no-deps", "--no-build-isolation", "-e", "."] + extra, log)
+        status, said = pip_install(
+            python, ["--no-deps", "--no-build-isolation", "-e", "."] + extra, log
+        )
     if status:
         signs = (
             "newconnectionerror",
@@ -87,10 +108,19 @@ def main(venv):
             "no matching distribution",
         )
         if "no space left" in said:
-            fail("the disk is full; the environment takes about 2 GB. The whole log is in %s." % log)
+            fail(
+                "the disk is full; the environment takes about 2 GB. The whole log is in %s."
+                % log
+            )
         if any(sign in said for sign in signs):
-            fail("the package index could not be reached or lacks a package; is there a network? The log is %s." % log)
-        fail("pip could not install the requirements; its own message is above, the whole log in %s." % log)
+            fail(
+                "the package index could not be reached or lacks a package; is there a network? The log is %s."
+                % log
+            )
+        fail(
+            "pip could not install the requirements; its own message is above, the whole log in %s."
+            % log
+        )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def _one_thread():
 def browser():
     """Chromium, for the tests of one file; without it they are skipped, or, in continuous integration, fail."""
     playwright_api = pytest.importorskip("playwright.sync_api")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if chromium is None:
         message = "there is no Chromium here; install it (on Debian and Ubuntu: apt-get install chromium)."
         (pytest.fail if os.environ.get("CI") else pytest.skip)(message)

@@ -52,11 +52,21 @@ def live(state, moment=None):
     tokens = tokenizer.encode(TEXT).to(torch.int16)
     corpus = Corpus("fox", tokens[:1800], tokens[1800:], tokenizer)
     torch.manual_seed(3)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=len(tokenizer), dropout=0.1))
+    model = GPT(
+        GPTConfig(
+            n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=len(tokenizer), dropout=0.1
+        )
+    )
     config = TrainConfig(steps=STEPS, batch_size=4, warmup=2)
-    log = train(model, corpus, config, loss_fn=loss_fn, state_path=state, save_every=1, eval_every=10)
-    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
-    state.with_suffix(".json").write_text(json.dumps([log["train_loss"], log["val_loss"], weights]))
+    log = train(
+        model, corpus, config, loss_fn=loss_fn, state_path=state, save_every=1, eval_every=10
+    )
+    weights = hashlib.sha256(
+        b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+    ).hexdigest()
+    state.with_suffix(".json").write_text(
+        json.dumps([log["train_loss"], log["val_loss"], weights])
+    )
 
 
 def fork(*args):
@@ -82,10 +92,17 @@ def main(folder):
             time.sleep(moment)
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
-        assert status == signal.SIGKILL or isinstance(moment, float), f"survived being killed {moment}"
-        before, done = done, len(read_tensors(state)[1]["log"]["train_loss"]) if state.exists() else 0
+        assert status == signal.SIGKILL or isinstance(moment, float), (
+            f"survived being killed {moment}"
+        )
+        before, done = (
+            done,
+            len(read_tensors(state)[1]["log"]["train_loss"]) if state.exists() else 0,
+        )
         assert done >= before, f"{before} steps were saved, and after a kill {done}"
-        assert done < STEPS or isinstance(moment, float), "the run was over before it could be killed"
+        assert done < STEPS or isinstance(moment, float), (
+            "the run was over before it could be killed"
+        )
     for path in (state, folder / "whole.state"):
         assert os.waitpid(fork(path), 0)[1] == 0
 

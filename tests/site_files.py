@@ -8,8 +8,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
-SOURCES = ("_config.yml", "_toc.yml", "book/*", "notebooks/*.ipynb", "assets/**/*", "scripts/b*.py", "gptlite/*.py")
-SOURCES += ("scripts/static_apps.py", "scripts/onnx_files.py")
+SOURCES = (
+    "_config.yml",
+    "_toc.yml",
+    "book/*",
+    "notebooks/*.ipynb",
+    "assets/**/*",
+    "scripts/site/*.py",
+    "gptlite/**/*.py",
+)
 
 
 @cache
@@ -19,7 +26,10 @@ def built_site() -> Path:
     changed = max(path.stat().st_mtime for pattern in SOURCES for path in ROOT.glob(pattern))
     if made < changed:
         done = subprocess.run(
-            [sys.executable, "scripts/build_book.py", "_build/html"], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "scripts/site/build_book.py", "_build/html"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
     return SITE
@@ -42,24 +52,37 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         a = {name: value or "" for name, value in attrs}
-        self.ids |= {a[key] for key in ("id", "name") if a.get(key) and (key == "id" or tag == "a")}
+        self.ids |= {
+            a[key] for key in ("id", "name") if a.get(key) and (key == "id" or tag == "a")
+        }
         self._article += tag == "article"
         self._skip += tag in ("script", "style", "pre", "code")
         if tag == "html":
             self.lang = a.get("lang", "")
         elif tag == "a" and a.get("href"):
             self.links.append(a["href"])
-        elif tag == "link" and not {"canonical", "search", "next", "prev", "index", "genindex"} & set(
-            a.get("rel", "").split()
-        ):
+        elif tag == "link" and not {
+            "canonical",
+            "search",
+            "next",
+            "prev",
+            "index",
+            "genindex",
+        } & set(a.get("rel", "").split()):
             self.resources.append(a.get("href", ""))
-        elif tag in ("script", "img", "iframe", "source", "video", "audio", "embed") and a.get("src"):
+        elif tag in ("script", "img", "iframe", "source", "video", "audio", "embed") and a.get(
+            "src"
+        ):
             self.resources.append(a["src"])
         elif tag == "h1" and self._article:
             self.headings.append(a.get("id", ""))
         if tag == "img" and not a.get("alt", "").strip():
             self.undescribed.append(a.get("src", "img"))
-        if tag == "svg" and "aria-hidden" not in a and not (a.get("role") == "img" and a.get("aria-label", "").strip()):
+        if (
+            tag == "svg"
+            and "aria-hidden" not in a
+            and not (a.get("role") == "img" and a.get("aria-label", "").strip())
+        ):
             self.undescribed.append(self.get_starttag_text() or "svg")
 
     def handle_endtag(self, tag: str) -> None:
@@ -91,4 +114,7 @@ def documents() -> list[str]:
     import yaml
 
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+    return [
+        toc["root"],
+        *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"]),
+    ]

@@ -61,11 +61,15 @@ def test_decoding_takes_turns_and_reads_on_after_the_same_past(make_model, monke
 
     monkeypatch.setattr(bench, "decode_one_token", watched)
     timed = measure_decoding(models, context=5, new=3, repeats=2)
-    assert read == [(n, 5 + i) for n in (2, 3, 2, 3, 2, 3) for i in range(3)]  # a round to warm up, and two that count
+    assert read == [
+        (n, 5 + i) for n in (2, 3, 2, 3, 2, 3) for i in range(3)
+    ]  # a round to warm up, and two that count
     assert {n: len(t.times) for n, t in timed.items()} == {"small": 2, "large": 2}
 
 
-@pytest.mark.parametrize("wrong", [{"context": 0}, {"context": 4, "new": 0}, {"context": 4, "repeats": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"context": 0}, {"context": 4, "new": 0}, {"context": 4, "repeats": 0}]
+)
 def test_decoding_of_nothing_is_refused(make_model, wrong):
     (name, _), *_ = reversed(wrong.items())
     with pytest.raises(ValueError, match=f"{name} is 0, but must be at least 1."):
@@ -105,26 +109,52 @@ def test_median_and_quartiles_are_those_of_the_standard_library(times):
     assert (t.low, t.median, t.high) == pytest.approx((low, median, high))
 
 
-@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.floats(1.0, 100.0)), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.floats(1.0, 100.0)),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_a_slow_round_cancels_in_the_ratio(rounds):
-    slowed = ratio(timing([a * slow for a, b, slow in rounds]), timing([b * slow for a, b, slow in rounds]))
+    slowed = ratio(
+        timing([a * slow for a, b, slow in rounds]), timing([b * slow for a, b, slow in rounds])
+    )
     calm = ratio(timing([a for a, b, _ in rounds]), timing([b for a, b, _ in rounds]))
     assert slowed.ratios == pytest.approx(calm.ratios)
-    assert (slowed.median, slowed.low, slowed.high) == pytest.approx((calm.median, calm.low, calm.high))
+    assert (slowed.median, slowed.low, slowed.high) == pytest.approx(
+        (calm.median, calm.low, calm.high)
+    )
 
 
 def test_ratio_is_of_rounds_and_not_of_medians():
     a, b = timing([1.0, 20.0, 3.0]), timing([1.0, 10.0, 1.0])
     assert ratio(a, b).ratios == (1.0, 2.0, 3.0)
     assert ratio(a, b).median == 2.0 != a.median / b.median
-    with pytest.raises(ValueError, match=r"^the timings have 3 and 2 rounds, but must have as many each\.$"):
+    with pytest.raises(
+        ValueError, match=r"^the timings have 3 and 2 rounds, but must have as many each\.$"
+    ):
         ratio(a, timing([1.0, 2.0]))
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.01234, "0.0123"), (0.9996, "1.00"), (1.234, "1.23"), (9.996, "10.0"), (12.34, "12.3"), (99.96, "100")]
-    + [(123.4, "123"), (1234.4, "1,234"), (1234567, "1,234,567"), (-2.5, "-2.50"), (1.5e-7, "1.50e-07")],
+    [
+        (0, "0"),
+        (0.01234, "0.0123"),
+        (0.9996, "1.00"),
+        (1.234, "1.23"),
+        (9.996, "10.0"),
+        (12.34, "12.3"),
+        (99.96, "100"),
+    ]
+    + [
+        (123.4, "123"),
+        (1234.4, "1,234"),
+        (1234567, "1,234,567"),
+        (-2.5, "-2.50"),
+        (1.5e-7, "1.50e-07"),
+    ],
 )
 def test_three_digits(value, text):
     assert three_digits(value) == text
@@ -151,7 +181,9 @@ def test_a_timing_reads_in_one_unit(times, text):
 
 
 def test_a_ratio_reads_as_a_factor():
-    assert str(ratio(timing([5.0, 10.0, 12.0]), timing([1.0, 2.0, 2.0]))) == "5.00x (5.00 to 5.50)"
+    assert (
+        str(ratio(timing([5.0, 10.0, 12.0]), timing([1.0, 2.0, 2.0]))) == "5.00x (5.00 to 5.50)"
+    )
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -166,21 +198,31 @@ def test_generation_splits_the_first_token_from_the_rest(make_model, cached):
         return caches[-1]
 
     n, repeats = 6, 3
-    g = measure_generation(model, torch.zeros(2, 5, dtype=torch.long), n, make_cache if cached else None, repeats)
+    g = measure_generation(
+        model, torch.zeros(2, 5, dtype=torch.long), n, make_cache if cached else None, repeats
+    )
     assert len(g.first.times) == len(g.per_token.times) == len(g.total.times) == repeats
-    for first, per_token, total in zip(g.first.times, g.per_token.times, g.total.times, strict=True):
+    for first, per_token, total in zip(
+        g.first.times, g.per_token.times, g.total.times, strict=True
+    ):
         assert first + per_token * (n - 1) == pytest.approx(total)
     assert len(g.steps) == n
     assert g.steps[0] == g.first.median
     assert g.batch == 2
     assert g.tokens_per_second == 2 / g.per_token.median
-    assert len(caches) == (repeats + 1 if cached else 0)  # a fresh one each run, the warm-up's included
-    assert [c.length for c in caches] == ([6] + [10] * repeats if cached else [])  # the last token is never read
+    assert len(caches) == (
+        repeats + 1 if cached else 0
+    )  # a fresh one each run, the warm-up's included
+    assert [c.length for c in caches] == (
+        [6] + [10] * repeats if cached else []
+    )  # the last token is never read
 
 
 def test_generation_runs_past_the_window(make_model):
     model = make_model(block_size=8)
-    g = measure_generation(model, torch.zeros(1, 6, dtype=torch.long), 5, lambda: KVCache(model.config), 1)
+    g = measure_generation(
+        model, torch.zeros(1, 6, dtype=torch.long), 5, lambda: KVCache(model.config), 1
+    )
     assert len(g.steps) == 5
 
 
@@ -190,21 +232,29 @@ def test_generation_calls_the_model_on_what_it_should(make_model):
     measure_generation(model, torch.zeros(1, 4, dtype=torch.long), 3, repeats=1)
     assert lengths == [4, 5] + [4, 5, 6]
     lengths.clear()
-    measure_generation(model, torch.zeros(1, 4, dtype=torch.long), 3, lambda: KVCache(model.config), repeats=1)
+    measure_generation(
+        model, torch.zeros(1, 4, dtype=torch.long), 3, lambda: KVCache(model.config), repeats=1
+    )
     assert lengths == [4, 1] + [4, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("n", "repeats", "name"), [(1, 3, "max_new_tokens"), (0, 3, "max_new_tokens"), (4, 0, "repeats")]
+    ("n", "repeats", "name"),
+    [(1, 3, "max_new_tokens"), (0, 3, "max_new_tokens"), (4, 0, "repeats")],
 )
 def test_generation_refuses_what_has_no_second_token(make_model, n, repeats, name):
     with pytest.raises(ValueError, match=f"^{name} is [01], but must be at least [12]"):
-        measure_generation(make_model(), torch.zeros(1, 4, dtype=torch.long), n, repeats=repeats)
+        measure_generation(
+            make_model(), torch.zeros(1, 4, dtype=torch.long), n, repeats=repeats
+        )
 
 
 def test_generation_reads_as_a_sentence():
     g = GenerationTiming(timing([0.04]), timing([0.02]), timing([0.06]), (0.04, 0.02), 3)
-    assert str(g) == "first token 40.0 ms (40.0 to 40.0), then 20.0 ms (20.0 to 20.0) each: 150 tokens/s"
+    assert (
+        str(g)
+        == "first token 40.0 ms (40.0 to 40.0), then 20.0 ms (20.0 to 20.0) each: 150 tokens/s"
+    )
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -273,7 +323,14 @@ def test_highest_follows_addresses_in_the_order_of_time():
     def event(ts, address, size):
         return {"ts": ts, "args": {"Addr": address, "Bytes": size}}
 
-    events = [event(4, 1, -10), event(1, 1, 10), event(2, 2, 5), event(3, 9, -1000), event(5, 1, 7), event(6, 2, -5)]
+    events = [
+        event(4, 1, -10),
+        event(1, 1, 10),
+        event(2, 2, 5),
+        event(3, 9, -1000),
+        event(5, 1, 7),
+        event(6, 2, -5),
+    ]
     assert bench._highest(events) == 15
     assert bench._highest([]) == 0
 

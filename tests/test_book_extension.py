@@ -39,7 +39,11 @@ def a_checkpoint(tmp_path, monkeypatch, make_model):
 
 
 def test_a_run_recorded_without_weights_stands_behind_the_checkpoints(a_checkpoint, tmp_path):
-    record = {**book_extension.run_info("tiny"), "val_loss": 2 * math.log(2), "parameters": 10**9}
+    record = {
+        **book_extension.run_info("tiny"),
+        "val_loss": 2 * math.log(2),
+        "parameters": 10**9,
+    }
     (tmp_path / "another.json").write_text(json.dumps(record))
     assert book_extension.facts("another")["loss"] == "1.386"
     table = book_extension.Checkpoints.markdown(None)
@@ -54,8 +58,12 @@ def test_a_long_command_is_cut_as_a_shell_reads_it(a_checkpoint, monkeypatch):
     shown = table[table.index("```bash") + 2 : -1]
     assert len(shown) > 2
     assert max(map(len, shown)) <= 80
-    said = "\n".join(shown).replace("python -m gptlite.train", "printf '%s\\n'", 1)  # shlex does not join lines
-    read = subprocess.run(["sh", "-c", said], capture_output=True, text=True, check=True).stdout.splitlines()
+    said = "\n".join(shown).replace(
+        "python -m gptlite.train", "printf '%s\\n'", 1
+    )  # shlex does not join lines
+    read = subprocess.run(
+        ["sh", "-c", said], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert read == shlex.split(info["command"])[3:]
 
 
@@ -86,7 +94,10 @@ def test_an_unknown_checkpoint_is_refused_with_the_known_ones(a_checkpoint):
 
 def test_the_curve_is_drawn_and_described(a_checkpoint):
     figure = book_extension.training_curve("tiny")
-    assert re.search(r'<svg[^>]* role="img" aria-label="Training and held-out loss of the tiny over 4 steps', figure)
+    assert re.search(
+        r'<svg[^>]* role="img" aria-label="Training and held-out loss of the tiny over 4 steps',
+        figure,
+    )
     assert "0.693 nats" in figure
     assert figure == book_extension.training_curve("tiny")  # the same bytes each time
 
@@ -118,7 +129,15 @@ def test_recorded_results_name_value_spread_and_command():
         flops={"float32": 1e11}, overhead=5e-6, date="2026-11-24", torch="2.13.0",
     )  # fmt: skip
     measured = results.Measurement(
-        "decode", 0.0123, 0.0119, 0.013, "s", "make run NB=x", "2026-11-24", "2.13.0", {"batch": 1}
+        "decode",
+        0.0123,
+        0.0119,
+        0.013,
+        "s",
+        "make run NB=x",
+        "2026-11-24",
+        "2.13.0",
+        {"batch": 1},
     )
     lines = book_extension.results_of_machine(results.Results(machine, {"decode": measured}))
     assert "20.0 GB/s" in lines[0]
@@ -133,7 +152,10 @@ def test_a_folded_cell_says_what_it_is():
         return nodes.container("", code, hide_mode=mode, prompt_show="?", prompt_hide="?")
 
     document = nodes.container(
-        "", cell("#@title Solution to 1\nx = 1", "all"), cell("#@title Shown\nx", None), cell("y", "input")
+        "",
+        cell("#@title Solution to 1\nx = 1", "all"),
+        cell("#@title Shown\nx", None),
+        cell("y", "input"),
     )
     book_extension.name_folded_cells(None, document)
     named, shown, plain = document.children
@@ -145,12 +167,17 @@ def test_a_folded_cell_says_what_it_is():
 def test_the_app_s_place_names_what_is_downloaded(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "ort").mkdir()
-    models = {name: {"bytes": size} for name, size in (("fp32", 21_800_000), ("int8", 11_100_000), ("int4", 6_500_000))}
+    models = {
+        name: {"bytes": size}
+        for name, size in (("fp32", 21_800_000), ("int8", 11_100_000), ("int4", 6_500_000))
+    }
     (tmp_path / "models" / "models.json").write_text(json.dumps({"models": models}))
     (tmp_path / "ort" / "ort-wasm-simd-threaded.wasm").write_bytes(bytes(14_000_000))
     text = book_extension.try_it(tmp_path)
     assert "<form" in text and "{{" not in text
-    assert all(size in text for size in ("21.8 MB", "11.1 MB", "6.50 MB", "14.0 MB", "14000000"))
+    assert all(
+        size in text for size in ("21.8 MB", "11.1 MB", "6.50 MB", "14.0 MB", "14000000")
+    )
 
 
 def test_without_the_app_its_place_says_so(tmp_path):

@@ -7,8 +7,9 @@ import torch
 
 from gptlite import calibration
 from gptlite.bench import timing
+from gptlite.costs import decode_cost
 from gptlite.model import GPTConfig
-from gptlite.roofline import CALIBRATED_DTYPES, Machine, decode_cost, predict
+from gptlite.roofline import CALIBRATED_DTYPES, Machine, predict
 
 CPU = torch.device("cpu")
 
@@ -29,14 +30,22 @@ def test_a_calibration_says_what_was_measured_on_what(machine):
     assert machine.torch == torch.__version__
     assert time.strptime(machine.date, "%Y-%m-%d")
     assert set(machine.flops) == set(CALIBRATED_DTYPES)
-    assert machine.read_kernel in ("float32 sum", "int64 sum", "int64 max", "matrix times vector", "F.linear")
+    assert machine.read_kernel in (
+        "float32 sum",
+        "int64 sum",
+        "int64 max",
+        "matrix times vector",
+        "F.linear",
+    )
 
 
 def test_a_slow_moment_does_not_set_the_price_of_a_launch(monkeypatch):
     ops = []
     moments = iter([3e-3, 1e-3, 2e-3])
     monkeypatch.setattr(
-        calibration, "step_seconds", lambda config, *_: ops.append(decode_cost(config, 1).ops) or next(moments)
+        calibration,
+        "step_seconds",
+        lambda config, *_: ops.append(decode_cost(config, 1).ops) or next(moments),
     )
     monkeypatch.setattr(calibration, "read_bandwidth", lambda *_: (1e9, "float32 sum"))
     monkeypatch.setattr(calibration, "matvec_bandwidths", lambda *_: [[1e6, 1e9]])
@@ -51,11 +60,15 @@ def test_the_working_sets_double_up_to_far_more_than_a_cache(machine):
 
 
 def test_the_rows_grow_up_to_a_long_prompt_in_each_format_that_is_not_emulated(machine):
-    usable = {kind for kind, rate in machine.flops.items() if rate > machine.flops["float32"] / 10}
+    usable = {
+        kind for kind, rate in machine.flops.items() if rate > machine.flops["float32"] / 10
+    }
     assert set(machine.linear) == usable >= {"float32"}
     for pairs in machine.linear.values():
         assert [rows for rows, _ in pairs] == [4, 16, 64, 256, 1024]
-    assert machine.linear["float32"][-1][1] > machine.linear["float32"][0][1]  # four rows do not fill a kernel
+    assert (
+        machine.linear["float32"][-1][1] > machine.linear["float32"][0][1]
+    )  # four rows do not fill a kernel
 
 
 def test_the_roof_is_above_what_decoding_reads_from_memory(machine):
@@ -66,7 +79,9 @@ def test_a_calibrated_machine_predicts_and_survives_its_file(machine):
     again = Machine.from_json(machine.to_json())
     assert again == machine
     cost = decode_cost(GPTConfig(), 256)
-    p = predict(cost, again, bandwidth=again.matvec_bandwidth(cost.bytes), rate=again.linear_rate(1))
+    p = predict(
+        cost, again, bandwidth=again.matvec_bandwidth(cost.bytes), rate=again.linear_rate(1)
+    )
     assert p.seconds == p.overhead + max(p.memory, p.compute)
 
 
@@ -98,7 +113,9 @@ def test_a_slow_format_is_given_up_early(monkeypatch, seconds_at_64, sizes):
         return one_time(seconds_at_64 * (len(matrix) / 64) ** 3)
 
     monkeypatch.setattr(calibration, "measure", measured)
-    assert calibration.gemm_rate(torch.float32, CPU, 1) == pytest.approx(2 * 64**3 / seconds_at_64)
+    assert calibration.gemm_rate(torch.float32, CPU, 1) == pytest.approx(
+        2 * 64**3 / seconds_at_64
+    )
     assert tried == sizes
 
 

@@ -16,14 +16,18 @@ COLAB = setup_cell.COLAB
 
 def output(**data):
     """A displayed output; text_markdown="..." stands for text/markdown."""
-    return v4.new_output("display_data", data={mime.replace("_", "/", 1): text for mime, text in data.items()})
+    return v4.new_output(
+        "display_data", data={mime.replace("_", "/", 1): text for mime, text in data.items()}
+    )
 
 
 PNG = {"image/png": "aGVsbG8="}
 
 
 def code(source, *outputs, tags=()):
-    return v4.new_code_cell(source, outputs=list(outputs), metadata={"tags": list(tags)} if tags else {})
+    return v4.new_code_cell(
+        source, outputs=list(outputs), metadata={"tags": list(tags)} if tags else {}
+    )
 
 
 def text(source, **metadata):
@@ -32,12 +36,23 @@ def text(source, **metadata):
 
 def good_cells():
     return [
-        text(f"# A chapter\n\nA promise. [Open in Colab]({setup_cell.colab_link('chapter.ipynb')})"),
+        text(
+            f"# A chapter\n\nA promise. [Open in Colab]({setup_cell.colab_link('chapter.ipynb')})"
+        ),
         code(setup_cell.setup_cell()),
-        text("## The idea\n\nWith $T = 256$ tokens, $2 \\cdot 6$ values; `5 ms` is code, 32 x 256 a shape."),
+        text(
+            "## The idea\n\nWith $T = 256$ tokens, $2 \\cdot 6$ values; `5 ms` is code, 32 x 256 a shape."
+        ),
         code("from gptlite.show import show", tags=[]),
-        code("show(print)", output(text_markdown="```python\npass\n```"), tags=["nbval-check-output"]),
-        code("x = 3\nx", v4.new_output("execute_result", data={"text/plain": "3"}, execution_count=4)),
+        code(
+            "show(print)",
+            output(text_markdown="```python\npass\n```"),
+            tags=["nbval-check-output"],
+        ),
+        code(
+            "x = 3\nx",
+            v4.new_output("execute_result", data={"text/plain": "3"}, execution_count=4),
+        ),
     ]
 
 
@@ -70,15 +85,39 @@ BAD_CELLS = {
     "html image": (text('<img src="a.png">'), "has no alt text"),
     "html image, empty alt": (text('<img src="a.png" alt="">'), "has no alt text"),
     "foreign html image": (text('<img alt="A" src="//example.org/a.png">'), "another host"),
-    "png output": (code("plot()", output(image_png="aGVsbG8=", text_plain="<Figure>")), "image/png output has no alt"),
-    "html output": (code("plot()", output(text_html='<svg viewBox="0 0 1 1"></svg>')), "aria-label"),
-    "svg, empty label": (code("p()", output(text_html='<svg role="img" aria-label=" "></svg>')), "aria-label"),
+    "png output": (
+        code("plot()", output(image_png="aGVsbG8=", text_plain="<Figure>")),
+        "image/png output has no alt",
+    ),
+    "html output": (
+        code("plot()", output(text_html='<svg viewBox="0 0 1 1"></svg>')),
+        "aria-label",
+    ),
+    "svg, empty label": (
+        code("p()", output(text_html='<svg role="img" aria-label=" "></svg>')),
+        "aria-label",
+    ),
     "img in output": (code("p()", output(text_html='<img src="data:x">')), "has no alt text"),
-    "img in computed text": (code("p()", output(text_markdown="![](x.png)")), "has no alt text"),
-    "error": (code("1 / 0", v4.new_output("error", ename="E", evalue="v", traceback=[])), "error (E: v)"),
-    "stderr": (code("f()", v4.new_output("stream", name="stderr", text="careful\n")), "stderr (careful)"),
-    "address": (code("f()", output(text_plain="<f at 0x7f3a5c2b>")), "memory address (at 0x7f3a5c2b)"),
-    "machine's path": (code("f()", output(text_plain="saved to /home/ann/x.pt")), "one machine (/home/ann/x.pt)"),
+    "img in computed text": (
+        code("p()", output(text_markdown="![](x.png)")),
+        "has no alt text",
+    ),
+    "error": (
+        code("1 / 0", v4.new_output("error", ename="E", evalue="v", traceback=[])),
+        "error (E: v)",
+    ),
+    "stderr": (
+        code("f()", v4.new_output("stream", name="stderr", text="careful\n")),
+        "stderr (careful)",
+    ),
+    "address": (
+        code("f()", output(text_plain="<f at 0x7f3a5c2b>")),
+        "memory address (at 0x7f3a5c2b)",
+    ),
+    "machine's path": (
+        code("f()", output(text_plain="saved to /home/ann/x.pt")),
+        "one machine (/home/ann/x.pt)",
+    ),
     "tagged, no output": (code("f()", tags=["nbval-check-output"]), "has no output to compare"),
     "tagged, only a picture": (
         code("f()", output(text_html="<b>1</b>"), tags=["nbval-check-output"]),
@@ -87,16 +126,28 @@ BAD_CELLS = {
     "show without output": (code("show(print)"), "no output is stored"),
     "print without output": (code("for i in []:\n    pass\nprint(1)"), "no output is stored"),
     "value without output": (code("y = 1\ny + 1"), "no output is stored"),
-    "name twice": (code("def a():\n    pass\n\n\nclass a:\n    pass"), "a is already defined in chapter.ipynb"),
-    "name of the package": (code("def causal_mask(T):\n    pass"), "already defined in gptlite/model.py"),
-    "name under if": (code("if True:\n    class GPT:\n        pass"), "GPT is already defined in gptlite/model.py"),
+    "name twice": (
+        code("def a():\n    pass\n\n\nclass a:\n    pass"),
+        "a is already defined in chapter.ipynb",
+    ),
+    "name of the package": (
+        code("def causal_mask(T):\n    pass"),
+        "already defined in gptlite/model.py",
+    ),
+    "name under if": (
+        code("if True:\n    class GPT:\n        pass"),
+        "GPT is already defined in gptlite/model.py",
+    ),
     "role": (text("See {cite}`vaswani2017`."), "{cite} is MyST"),
     "domain role": (text("See {glue:text}`speed:.1f`."), "{glue:text} is MyST"),
     "directive": (text("```{note}\nmind\n```"), "```{note} is MyST"),
     "colon fence": (text(":::{note}\nmind\n:::"), ":::{note} is MyST"),
     "target": (text("(a-label)=\n## Section"), "(a-label)= is MyST"),
     "role in computed text": (code("f()", output(text_markdown="{cite}`x`")), "{cite} is MyST"),
-    "published without a link": (text("They report 3x.", tags=["published"]), "links to no publication"),
+    "published without a link": (
+        text("They report 3x.", tags=["published"]),
+        "links to no publication",
+    ),
 }
 
 
@@ -110,17 +161,26 @@ def test_a_bad_cell_is_the_one_fault(tmp_path, case):
 
 GOOD_CELLS = {
     "25 lines": code("\n".join(f"a{i} = {i}" for i in range(25))),
-    "png with alt": code("f()", v4.new_output("display_data", data=PNG, metadata={"image/png": {"alt": "A."}})),
+    "png with alt": code(
+        "f()", v4.new_output("display_data", data=PNG, metadata={"image/png": {"alt": "A."}})
+    ),
     "decorative svg": code("f()", output(text_html='<svg aria-hidden="true"></svg>')),
-    "source with a role": code("f()", output(text_markdown='```python\n"""{glue:text}`x`"""\n```')),
+    "source with a role": code(
+        "f()", output(text_markdown='```python\n"""{glue:text}`x`"""\n```')
+    ),
     "a name in a code span": text("Use `{name}` and `f'{x}'`."),
     "a formula with braces": text("$\\mathrm{x}$ and $$\\frac{a}{b}`$$"),
     "assignment needs no output": code("z = print"),
     "semicolon needs no output": code("z = 1\nz;"),
-    "magic": code("%load_ext autoreload\n!ls", v4.new_output("stream", name="stdout", text="chapter.ipynb\n")),
+    "magic": code(
+        "%load_ext autoreload\n!ls",
+        v4.new_output("stream", name="stdout", text="chapter.ipynb\n"),
+    ),
     "method of a toy": code("class Toy:\n    def rewind(self):\n        pass"),
     "a title in code": text("```bash\n# a comment\n```"),
-    "published with a link": text("They report 3x ([paper](https://arxiv.org/abs/1)).", tags=["published"]),
+    "published with a link": text(
+        "They report 3x ([paper](https://arxiv.org/abs/1)).", tags=["published"]
+    ),
 }
 
 
@@ -244,7 +304,11 @@ def test_a_notebook_without_a_title_is_a_fault(tmp_path, cells):
 
 def test_a_name_defined_in_two_notebooks_is_a_fault(tmp_path):
     paths = [
-        write(tmp_path, [*good_cells()[:2], code("def toy_mask():\n    pass")], name=f"{name}.ipynb")
+        write(
+            tmp_path,
+            [*good_cells()[:2], code("def toy_mask():\n    pass")],
+            name=f"{name}.ipynb",
+        )
         for name in ("first", "second")
     ]
     for path in paths:
@@ -252,7 +316,9 @@ def test_a_name_defined_in_two_notebooks_is_a_fault(tmp_path):
         setup_cell.put(notebook, path.name)
         notebook_files.write(notebook, path)
     [fault] = check_notebooks.check(paths)
-    assert fault.startswith("second.ipynb, cell 3: toy_mask is already defined in first.ipynb, cell 3;")
+    assert fault.startswith(
+        "second.ipynb, cell 3: toy_mask is already defined in first.ipynb, cell 3;"
+    )
 
 
 def test_a_large_file_is_a_fault(tmp_path):
@@ -261,7 +327,8 @@ def test_a_large_file_is_a_fault(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"cells": 3, "nbformat": 4, "nbformat_minor": 5}']
+    "content",
+    [b"", b"{", b"[]", b"\xff\xfe", b'{"cells": 3, "nbformat": 4, "nbformat_minor": 5}'],
 )
 def test_a_broken_file_is_one_sentence(tmp_path, content):
     path = tmp_path / "broken.ipynb"
@@ -292,7 +359,7 @@ def test_the_command_fails_on_a_fault(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_says_in_one_sentence_that_a_name_is_unknown():
-    script = notebook_files.ROOT / "scripts" / "check_notebooks.py"
+    script = notebook_files.ROOT / "scripts" / "notebooks" / "check_notebooks.py"
     done = subprocess.run([sys.executable, script, "nowhere"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("check_notebooks: ")

@@ -15,11 +15,22 @@ from safetensors.torch import save_file
 
 import gptlite
 from gptlite import checkpoints
-from gptlite.checkpoints import load, load_pretrained, load_weights, read_tensors, save, write_tensors
+from gptlite.checkpoints import (
+    load,
+    load_pretrained,
+    load_weights,
+    read_tensors,
+    save,
+    write_tensors,
+)
 from gptlite.corpus import CharTokenizer
 
 LETTERS = CharTokenizer("abcdefghijklmnopq")
-INFO = {"command": "python -m gptlite.train", "val_loss": 1.25, "log": {"train_loss": [2.0, 1.5]}}
+INFO = {
+    "command": "python -m gptlite.train",
+    "val_loss": 1.25,
+    "log": {"train_loss": [2.0, 1.5]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +53,21 @@ def test_a_model_comes_back_as_it_was_saved(make_model, tmp_path, dtype):
     assert back.model.lm_head.weight is back.model.wte.weight
     for (name, p), q in zip(model.named_parameters(), back.model.parameters(), strict=True):
         assert q.dtype == torch.float32
-        assert torch.equal(q, p.to(dtype).float()), name  # in float32 to the bit, else rounded once
-    assert path.stat().st_size < model.n_params() * dtype.itemsize + 5000  # the tied matrix is stored once
+        assert torch.equal(q, p.to(dtype).float()), (
+            name
+        )  # in float32 to the bit, else rounded once
+    assert (
+        path.stat().st_size < model.n_params() * dtype.itemsize + 5000
+    )  # the tied matrix is stored once
 
 
 def test_float16_is_close_enough_to_generate_from(make_model, tmp_path):
     model = make_model()
     save(tmp_path / "m", model, LETTERS, {})
     idx = torch.arange(17)[None]
-    torch.testing.assert_close(load(tmp_path / "m").model(idx), model(idx), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(
+        load(tmp_path / "m").model(idx), model(idx), atol=0.02, rtol=0.02
+    )
 
 
 def test_saving_leaves_the_model_and_the_info_alone(make_model, tmp_path):
@@ -58,7 +75,10 @@ def test_saving_leaves_the_model_and_the_info_alone(make_model, tmp_path):
     before, info = [p.clone() for p in model.parameters()], json.loads(json.dumps(INFO))
     save(tmp_path / "m", model, LETTERS, info)
     assert info == INFO
-    assert all(torch.equal(p, q) and q.dtype == torch.float32 for p, q in zip(before, model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) and q.dtype == torch.float32
+        for p, q in zip(before, model.parameters(), strict=True)
+    )
 
 
 def test_tensors_of_any_kind_come_back(tmp_path):
@@ -99,7 +119,9 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
         tensors, info = read_tensors(path)
         assert info == {"n": 1}
         assert torch.equal(tensors["a"], torch.zeros(3))
-    write_tensors(path, {"a": torch.ones(3)}, {"n": 3})  # what was left behind is in nobody's way
+    write_tensors(
+        path, {"a": torch.ones(3)}, {"n": 3}
+    )  # what was left behind is in nobody's way
     assert read_tensors(path)[1] == {"n": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
@@ -119,7 +141,9 @@ def test_others_may_read_a_checkpoint(tmp_path):
 def test_a_truncated_checkpoint(whole, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("cut") / "cut.safetensors"
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    with pytest.raises(ValueError, match=r"cut\.safetensors is not a whole checkpoint \(.*\)\."):
+    with pytest.raises(
+        ValueError, match=r"cut\.safetensors is not a whole checkpoint \(.*\)\."
+    ):
         load(path)
 
 
@@ -150,7 +174,10 @@ def test_files_of_others(tmp_path):
     path = tmp_path / "theirs.safetensors"
     for metadata in (None, {"format": "pt"}, {"info": "3"}, {"info": "[]"}, {"info": "null"}):
         save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
-        with pytest.raises(ValueError, match=r"theirs\.safetensors is not a GPTlite checkpoint: it does not say"):
+        with pytest.raises(
+            ValueError,
+            match=r"theirs\.safetensors is not a GPTlite checkpoint: it does not say",
+        ):
             load(path)
     save_file({"weight": torch.zeros(2)}, path, metadata={"info": "{"})
     with pytest.raises(ValueError, match=r"theirs\.safetensors is not a whole checkpoint"):
@@ -182,21 +209,31 @@ def test_weights_of_another_architecture(make_model):
     weights = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
     before = [p.clone() for p in model.parameters()]
     wrong = {
-        "wte.weight is (18, 32), but the model's is (17, 32).": weights | {"wte.weight": torch.zeros(18, 32)},
-        "ln_f.bias is None, but the model's is (32,).": {n: t for n, t in weights.items() if n != "ln_f.bias"},
-        "h.2.ln_1.bias is (32,), but the model's is None.": weights | {"h.2.ln_1.bias": torch.zeros(32)},
+        "wte.weight is (18, 32), but the model's is (17, 32).": weights
+        | {"wte.weight": torch.zeros(18, 32)},
+        "ln_f.bias is None, but the model's is (32,).": {
+            n: t for n, t in weights.items() if n != "ln_f.bias"
+        },
+        "h.2.ln_1.bias is (32,), but the model's is None.": weights
+        | {"h.2.ln_1.bias": torch.zeros(32)},
     }
     for message, tensors in wrong.items():
-        with pytest.raises(ValueError, match=re.escape(f"mine is of another architecture: {message}")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"mine is of another architecture: {message}")
+        ):
             load_weights(model, tensors, "mine")
-    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))  # nothing was half loaded
+    assert all(
+        torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)
+    )  # nothing was half loaded
 
 
 def test_a_checkpoint_whose_weights_do_not_fit_its_own_configuration(make_model, tmp_path):
     tensors = {n: t for n, t in make_model().state_dict().items() if n != "lm_head.weight"}
     config = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 12, "vocab_size": 17}
     write_tensors(tmp_path / "m", tensors, {"config": config, "characters": LETTERS.characters})
-    with pytest.raises(ValueError, match=r"m is of another architecture: wpe\.weight is \(24, 32\), but"):
+    with pytest.raises(
+        ValueError, match=r"m is of another architecture: wpe\.weight is \(24, 32\), but"
+    ):
         load(tmp_path / "m")
 
 
@@ -208,7 +245,9 @@ def test_no_checkpoint_there(tmp_path):
 
 def test_an_unknown_name_lists_the_known(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match=re.escape("no checkpoint is called 'teacher'; known are none.")):
+    with pytest.raises(
+        ValueError, match=re.escape("no checkpoint is called 'teacher'; known are none.")
+    ):
         load_pretrained()
     for name in ("teacher", "draft"):
         save(tmp_path / f"{name}.safetensors", make_model(), LETTERS, {"name": name})
@@ -226,7 +265,15 @@ def test_every_checkpoint_of_the_book_loads_and_says_how_it_was_made():
     assert {"teacher", "draft"} <= {path.stem for path in paths}
     for path in paths:
         info = load_pretrained(path.stem).info
-        assert info.keys() >= {"command", "val_loss", "train", "log", "machine", "corpus", "date"}, path
+        assert info.keys() >= {
+            "command",
+            "val_loss",
+            "train",
+            "log",
+            "machine",
+            "corpus",
+            "date",
+        }, path
         assert len(info["log"]["train_loss"]) == info["train"]["steps"]
         assert info["command"].startswith("python -m gptlite.train ")
         assert str(Path.home()) not in json.dumps(info)  # no trace of one machine's folders
@@ -238,9 +285,14 @@ def test_every_checkpoint_of_the_book_loads_and_says_how_it_was_made():
 
 def test_hugging_faces_library_is_asked_for_only_where_it_is_used(make_model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"Hugging Face's GPT-2 needs transformers: pip install transformers\."):
+    with pytest.raises(
+        ImportError,
+        match=r"Hugging Face's GPT-2 needs transformers: pip install transformers\.",
+    ):
         checkpoints.to_hugging_face(make_model())
-    with pytest.raises(ImportError, match=r"the GPT-2 weights need transformers: pip install transformers\."):
+    with pytest.raises(
+        ImportError, match=r"the GPT-2 weights need transformers: pip install transformers\."
+    ):
         checkpoints.load_gpt2()
 
 
@@ -262,21 +314,40 @@ def names_used(tree):
 
 
 def unsafe_names(source):
-    bad = {"torch.load", "torch.save", "torch.hub.load", "np.load", "numpy.load", "eval", "exec", "compile"}
-    return sorted(n for n in names_used(ast.parse(source)) if n in bad or n.split(".")[0] in UNSAFE)
+    bad = {
+        "torch.load",
+        "torch.save",
+        "torch.hub.load",
+        "np.load",
+        "numpy.load",
+        "eval",
+        "exec",
+        "compile",
+    }
+    return sorted(
+        n for n in names_used(ast.parse(source)) if n in bad or n.split(".")[0] in UNSAFE
+    )
 
 
 def test_nothing_in_the_package_unpickles_or_evaluates():
     sources = sorted(Path(gptlite.__file__).parent.rglob("*.py"))
     assert len(sources) > 8
     for source in sources:
-        found = [n for n in unsafe_names(source.read_text()) if n != "compile"]  # an argument of `train` is called so
+        found = [
+            n for n in unsafe_names(source.read_text()) if n != "compile"
+        ]  # an argument of `train` is called so
         assert not found, f"{source.name} uses {found}"
 
 
 @pytest.mark.parametrize(
     "source",
-    ["import pickle", "from pickle import loads", "torch.load(path)", "from torch import load", "eval('1')"],
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(path)",
+        "from torch import load",
+        "eval('1')",
+    ],
 )
 def test_the_scan_above_finds_what_it_looks_for(source):
     assert unsafe_names(source)

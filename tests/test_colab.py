@@ -28,7 +28,9 @@ NAMES = sorted(path.stem for path in notebook_files.NOTEBOOKS.glob("*.ipynb"))
 
 WHOLE = "baseline"
 
-MAGIC = re.compile(r"^([ \t]*)[!%].*", re.MULTILINE)  # a line for IPython, such as `%pip install onnx`
+MAGIC = re.compile(
+    r"^([ \t]*)[!%].*", re.MULTILINE
+)  # a line for IPython, such as `%pip install onnx`
 
 RUN_ALL = """
 import json, sys
@@ -48,7 +50,10 @@ def run(command, **options):
     """The output of a command; its last lines are the message if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
-        pytest.fail(f"{' '.join(map(str, command))[:200]}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}", pytrace=False)
+        pytest.fail(
+            f"{' '.join(map(str, command))[:200]}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}",
+            pytrace=False,
+        )
     return done.stdout
 
 
@@ -66,27 +71,54 @@ def imports(source):
 
 def shortened(notebook):
     """The cells that install something, and one with all imports; the package's C++ is compiled where it is used."""
-    cells = [{**cell, "source": "".join(cell["source"])} for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        {**cell, "source": "".join(cell["source"])}
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code"
+    ]
     installing = [cell for cell in cells if MAGIC.search(cell["source"])]
-    lines = [line for cell in cells if cell not in installing for line in imports(cell["source"])]
+    lines = [
+        line for cell in cells if cell not in installing for line in imports(cell["source"])
+    ]
     if any("load_kernels" in line for line in lines):
         lines.append("load_kernels()")
-    return {**notebook, "cells": [*installing, {**cells[0], "id": "imports", "source": "\n".join(lines)}]}
+    return {
+        **notebook,
+        "cells": [*installing, {**cells[0], "id": "imports", "source": "\n".join(lines)}],
+    }
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """A git repository with this working tree as its one commit, tagged as its version."""
     folder = tmp_path_factory.mktemp("repository")
-    listed = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=notebook_files.ROOT)
+    listed = run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=notebook_files.ROOT,
+    )
     for name in filter(None, listed.split("\0")):
         source, target = notebook_files.ROOT / name, folder / name
         if source.is_file():  # a deleted file is still listed
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
-    version = re.search(r'__version__ = "(.+)"', (folder / "gptlite" / "__init__.py").read_text())[1]
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
-    for step in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "The working tree"], ["tag", f"v{version}"]):
+    version = re.search(
+        r'__version__ = "(.+)"', (folder / "gptlite" / "__init__.py").read_text()
+    )[1]
+    git = [
+        "git",
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@example.org",
+        "-c",
+        "commit.gpgsign=false",
+    ]
+    for step in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["commit", "-q", "-m", "The working tree"],
+        ["tag", f"v{version}"],
+    ):
         run([*git, *step], cwd=folder)
     return folder
 
@@ -97,9 +129,22 @@ def python(tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     run([sys.executable, "-m", "venv", folder])
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    run([python, "-m", "pip", "install", "-q", "--no-compile", *os.environ.get("PIP_ARGS", "").split(), *COLAB_HAS])
+    run(
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-compile",
+            *os.environ.get("PIP_ARGS", "").split(),
+            *COLAB_HAS,
+        ]
+    )
     yield python
-    shutil.rmtree(folder, ignore_errors=True)  # about a gigabyte, which pytest would keep for three runs
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # about a gigabyte, which pytest would keep for three runs
 
 
 @pytest.fixture
@@ -107,20 +152,33 @@ def surroundings(python, repository):
     """Environment variables of a stranger: nothing of this checkout but the address to clone from."""
     ours = ("PYTHON", "VIRTUAL_ENV", "JUPYTER", "GPTLITE", "PYTEST")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**kept, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "GPTLITE_REPO": repository.as_uri()}
+    return {
+        **kept,
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "GPTLITE_REPO": repository.as_uri(),
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_where_only_torch_is_installed(tmp_path, python, repository, surroundings, name):
+def test_a_notebook_runs_where_only_torch_is_installed(
+    tmp_path, python, repository, surroundings, name
+):
     run([python, "-m", "pip", "uninstall", "-q", "-y", "gptlite", "safetensors"], cwd=tmp_path)
-    missing = subprocess.run([python, "-c", "import gptlite"], cwd=tmp_path, env=surroundings, capture_output=True)
+    missing = subprocess.run(
+        [python, "-c", "import gptlite"], cwd=tmp_path, env=surroundings, capture_output=True
+    )
     assert b"No module named 'gptlite'" in missing.stderr
-    notebook = json.loads((notebook_files.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads(
+        (notebook_files.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    )
     chosen = notebook if name == WHOLE else shortened(notebook)
     (tmp_path / f"{name}.ipynb").write_text(json.dumps(chosen), encoding="utf-8")
     said = run([python, "-c", RUN_ALL, f"{name}.ipynb"], cwd=tmp_path, env=surroundings)
     setup, file, version, torch_version = json.loads(said.splitlines()[-1])
-    assert Path(file).resolve() == (tmp_path / "gptlite-book" / "gptlite" / "__init__.py").resolve()
+    assert (
+        Path(file).resolve()
+        == (tmp_path / "gptlite-book" / "gptlite" / "__init__.py").resolve()
+    )
     assert f"--branch v{version} " in setup_cell.setup_cell()
     assert "error" not in setup.lower()
     before = run([python, "-c", "import torch; print(torch.__version__)"], cwd=tmp_path).strip()

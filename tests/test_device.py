@@ -27,7 +27,12 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch, available):
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((12, 1), torch.bfloat16)],
+    [
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+        ((12, 1), torch.bfloat16),
+    ],
 )
 def test_a_gpu_says_its_format_by_its_capability(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -56,7 +61,9 @@ def test_a_cpu_is_timed(monkeypatch, bfloat16, float32, dtype):
 
 def test_the_answer_on_this_machine_is_a_format_that_can_be_multiplied():
     dtype = fast_dtype(CPU)
-    assert torch.equal(torch.eye(4, dtype=dtype) @ torch.ones(4, 4, dtype=dtype), torch.ones(4, 4, dtype=dtype))
+    assert torch.equal(
+        torch.eye(4, dtype=dtype) @ torch.ones(4, 4, dtype=dtype), torch.ones(4, 4, dtype=dtype)
+    )
 
 
 def test_only_a_gpu_has_to_be_waited_for(monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sums import SHAPE, new_model
 
-from gptlite.distillation import (
+from gptlite.distillation.losses import (
     CoTraining,
     Distillation,
     Ensemble,
@@ -29,7 +29,9 @@ TEMPERATURES = st.sampled_from([0.5, 1.0, 2.0, 7.0])
 
 
 def logits(*shape, seed=0, size=2.0):
-    return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return size * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def exact(loss):
@@ -64,7 +66,9 @@ def test_gradients_against_finite_differences(loss, T, V, seed):
             up, down = student.clone(), student.clone()
             up[i, j], down[i, j] = up[i, j] + h, down[i, j] - h
             found[i, j] = (f(up, teacher, T) - f(down, teacher, T)) / (2 * h)
-    assert loss(student, teacher, T).item() == pytest.approx(f(student, teacher, T).item(), rel=1e-4, abs=1e-6)
+    assert loss(student, teacher, T).item() == pytest.approx(
+        f(student, teacher, T).item(), rel=1e-4, abs=1e-6
+    )
     torch.testing.assert_close(gradient(loss, student, teacher, T), found, atol=1e-5, rtol=1e-3)
 
 
@@ -72,13 +76,19 @@ def test_gradients_against_finite_differences(loss, T, V, seed):
 def test_gradients_against_the_closed_forms(T, V, seed):
     student, teacher = logits(4, V, seed=seed), logits(4, V, seed=seed + 100)
     q, p = (student / T).softmax(-1), (teacher / T).softmax(-1)
-    torch.testing.assert_close(gradient(forward_kl, student, teacher, T), T * (q - p) / 4, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        gradient(forward_kl, student, teacher, T), T * (q - p) / 4, atol=1e-5, rtol=1e-3
+    )
     log_ratio = q.log() - p.log()
     closed = T * q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True)) / 4
-    torch.testing.assert_close(gradient(reverse_kl, student, teacher, T), closed, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        gradient(reverse_kl, student, teacher, T), closed, atol=1e-5, rtol=1e-3
+    )
     off = student - teacher
     closed = (off - off.mean(-1, keepdim=True)) / off.numel()
-    torch.testing.assert_close(gradient(logit_mse, student, teacher, T), closed, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        gradient(logit_mse, student, teacher, T), closed, atol=1e-5, rtol=1e-3
+    )
 
 
 def test_at_high_temperature_all_are_the_mean_square_of_the_centred_logits():
@@ -103,13 +113,17 @@ def test_forward_kl_is_pytorchs_and_the_mean_is_over_positions():
     flat = [z.log_softmax(-1).flatten(0, 1) for z in (student, teacher)]
     theirs = F.kl_div(*flat, reduction="batchmean", log_target=True)
     torch.testing.assert_close(forward_kl(student, teacher), theirs)
-    wrong = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+    wrong = F.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
+    )
     torch.testing.assert_close(wrong, 3 * theirs)  # not flattened: divided by B and not by B T
 
 
 def test_the_direction_counts():
     two, one = torch.tensor([[5.0, 5.0, -5.0]]), torch.tensor([[5.0, -5.0, -5.0]])
-    assert forward_kl(one, two) > 4 > 1 > reverse_kl(one, two)  # a student that misses one of two answers
+    assert (
+        forward_kl(one, two) > 4 > 1 > reverse_kl(one, two)
+    )  # a student that misses one of two answers
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -132,10 +146,13 @@ def test_a_temperature_that_is_none(temperature):
 def test_labels_that_do_not_fit():
     for loss in LOSSES:
         with pytest.raises(
-            ValueError, match=r"the vocabularies differ: one side has (4 logits, the other 3|3 logits, the other 4)"
+            ValueError,
+            match=r"the vocabularies differ: one side has (4 logits, the other 3|3 logits, the other 4)",
         ):
             loss(logits(2, 3), logits(2, 4))
-        with pytest.raises(ValueError, match=r"must have one shape, but they are \(\d, 3\) and \(\d, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"must have one shape, but they are \(\d, 3\) and \(\d, 3\)"
+        ):
             loss(logits(2, 3), logits(5, 3))
 
 
@@ -154,15 +171,21 @@ def test_alpha_is_the_teachers_share(corpus):
     y = torch.randint(SHAPE.vocab_size, (3, 8))
     text, soft = next_token_loss(model, x, y), forward_kl(model(x), teacher(x), 2.0)
     for alpha in (0.0, 0.3, 1.0):
-        torch.testing.assert_close(Distillation(teacher, 2.0, alpha)(model, x, y), alpha * soft + (1 - alpha) * text)
-    torch.testing.assert_close(Distillation(None, 2.0, 0.3)(model, x, y, teacher(x)), 0.3 * soft + 0.7 * text)
+        torch.testing.assert_close(
+            Distillation(teacher, 2.0, alpha)(model, x, y), alpha * soft + (1 - alpha) * text
+        )
+    torch.testing.assert_close(
+        Distillation(None, 2.0, 0.3)(model, x, y, teacher(x)), 0.3 * soft + 0.7 * text
+    )
 
 
 def test_the_teacher_does_not_learn_and_is_asked_only_without_labels():
     model, teacher = new_model(), new_model(1)
     x = torch.zeros(1, 8, dtype=torch.long)
     Distillation(teacher)(model, x, x).backward()
-    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is None for p in teacher.parameters()) and all(
+        p.grad is not None for p in model.parameters()
+    )
     with pytest.raises(ValueError, match="neither a teacher nor labels"):
         Distillation()(model, x, x)
     Distillation()(model, x, x, torch.zeros(1, 8, SHAPE.vocab_size))
@@ -176,7 +199,13 @@ def test_a_student_comes_nearer_to_its_teacher(corpus, divergence):
             p.mul_(3)  # an opinion
     x = corpus.val[:64].view(8, 8).long()
     before = divergence(student(x), teacher(x)).item()
-    train(student, corpus, QUICK, loss_fn=Distillation(teacher, 1.0, 1.0, divergence), eval_every=0)
+    train(
+        student,
+        corpus,
+        QUICK,
+        loss_fn=Distillation(teacher, 1.0, 1.0, divergence),
+        eval_every=0,
+    )
     assert divergence(student(x), teacher(x)).item() < 0.5 * before
 
 
@@ -195,7 +224,13 @@ def test_two_that_learn_together_both_learn_and_agree_more(corpus):
     for alpha in (0.0, 0.9):
         pair = CoTraining(new_model(0), new_model(1, n_layer=1, n_embd=8))
         before = [next_token_loss(m, x, x).item() for m in (pair.first, pair.second)]
-        train(pair, corpus, QUICK, loss_fn=lambda m, x, y, a=alpha: mutual_loss(m, x, y, a), eval_every=0)
+        train(
+            pair,
+            corpus,
+            QUICK,
+            loss_fn=lambda m, x, y, a=alpha: mutual_loss(m, x, y, a),
+            eval_every=0,
+        )
         assert all(
             next_token_loss(m, *next_two(corpus)).item() < b
             for m, b in zip((pair.first, pair.second), before, strict=True)
@@ -266,5 +301,7 @@ def test_a_hidden_state_is_what_leaves_the_layer():
 
 @pytest.mark.parametrize("layers", [(2, 0), (0, 5), (-1, 0)])
 def test_a_layer_that_is_not_there(layers):
-    with pytest.raises(ValueError, match=r"layer -?\d is asked for, but the model has layers 0 to 1"):
+    with pytest.raises(
+        ValueError, match=r"layer -?\d is asked for, but the model has layers 0 to 1"
+    ):
         HiddenMatching(new_model(), new_model(1), layers)

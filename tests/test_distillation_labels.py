@@ -13,8 +13,15 @@ from sums import TEXT, VOCABULARY
 from torch.utils.data import DataLoader
 
 from gptlite.corpus import CharTokenizer, windows
-from gptlite.distillation import Distillation, forward_kl
-from gptlite.distillation_labels import LabelStore, fingerprint, label_bytes, record_dtype, spread_rest, write_labels
+from gptlite.distillation.labels import (
+    LabelStore,
+    fingerprint,
+    label_bytes,
+    record_dtype,
+    spread_rest,
+    write_labels,
+)
+from gptlite.distillation.losses import Distillation, forward_kl
 from gptlite.model import GPT, GPTConfig
 from gptlite.train import TrainConfig, train
 
@@ -39,7 +46,9 @@ def teacher():
 
 @pytest.fixture(scope="module", params=[None, 3], ids=["all", "top 3"])
 def store(request, corpus, teacher, tmp_path_factory):
-    return write_labels(tmp_path_factory.mktemp("labels"), teacher, corpus, T, k=request.param, B=7)
+    return write_labels(
+        tmp_path_factory.mktemp("labels"), teacher, corpus, T, k=request.param, B=7
+    )
 
 
 @torch.no_grad()
@@ -65,7 +74,9 @@ def test_every_window_has_its_own_labels(store, corpus, teacher):
         check(mine[0][None], mine[2][None], teacher, store.k)
 
 
-@pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "spawn"), (2, "spawn"), (2, "forkserver")])
+@pytest.mark.parametrize(
+    ("workers", "method"), [(0, None), (1, "spawn"), (2, "spawn"), (2, "forkserver")]
+)
 def test_any_shuffle_and_any_number_of_workers(store, teacher, workers, method):
     options = {"multiprocessing_context": method} if workers else {}
     loader = DataLoader(store, batch_size=5, shuffle=True, num_workers=workers, **options)
@@ -79,7 +90,9 @@ def test_any_shuffle_and_any_number_of_workers(store, teacher, workers, method):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(B=st.integers(1, 40), step=st.integers(0, 200), seed=st.integers(0, 5))
-def test_the_loops_batches_are_aligned_and_depend_on_the_arguments_alone(store, teacher, corpus, B, step, seed):
+def test_the_loops_batches_are_aligned_and_depend_on_the_arguments_alone(
+    store, teacher, corpus, B, step, seed
+):
     x, y, log_p = store.sample(corpus.train, T, B, step, seed)
     check(x, log_p, teacher, store.k)
     assert torch.equal(x[:, 1:], y[:, :-1])
@@ -109,7 +122,14 @@ def test_training_from_the_store_is_training_with_the_teacher(store, corpus, tea
 
     for sample in (store.sample, asked, of_another_batch):
         student = new_model(2)
-        train(student, corpus, config, loss_fn=Distillation(alpha=1.0), sample=sample, eval_every=0)
+        train(
+            student,
+            corpus,
+            config,
+            loss_fn=Distillation(alpha=1.0),
+            sample=sample,
+            eval_every=0,
+        )
         found.append(student(corpus.val[None, :T].long()))
     assert (found[0] - found[1]).abs().max() < 0.05 * (found[0] - found[2]).abs().max()
 
@@ -118,14 +138,19 @@ def test_training_from_the_store_is_training_with_the_teacher(store, corpus, tea
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "k", "bytes_a_token"), [(65, None, 130), (65, 8, 24), (50257, 8, 32), (99999, 1, 6)]
+    ("vocabulary", "k", "bytes_a_token"),
+    [(65, None, 130), (65, 8, 24), (50257, 8, 32), (99999, 1, 6)],
 )
 def test_bytes_are_predicted(vocabulary, k, bytes_a_token):
     assert label_bytes(3, 5, vocabulary, k) == 15 * bytes_a_token
 
 
 def test_the_file_has_the_bytes_that_were_predicted(store):
-    assert (store.path / "labels.bin").stat().st_size == store.nbytes == label_bytes(len(store), T, V, store.k)
+    assert (
+        (store.path / "labels.bin").stat().st_size
+        == store.nbytes
+        == label_bytes(len(store), T, V, store.k)
+    )
 
 
 def test_top_8_of_65_take_less_than_a_quarter():
@@ -165,10 +190,14 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path, corpus, t
         if stop:
             done = json.loads((tmp_path / "parts" / "about.json").read_text())["done"]
             asked.append(done)
-            with pytest.raises(ValueError, match=f"end at window {done} of {len(whole)}; write_labels goes on"):
+            with pytest.raises(
+                ValueError, match=f"end at window {done} of {len(whole)}; write_labels goes on"
+            ):
                 LabelStore(tmp_path / "parts", corpus)
     assert asked[0] < asked[1] < len(whole)
-    assert (tmp_path / "parts" / "labels.bin").read_bytes() == (tmp_path / "whole" / "labels.bin").read_bytes()
+    assert (tmp_path / "parts" / "labels.bin").read_bytes() == (
+        tmp_path / "whole" / "labels.bin"
+    ).read_bytes()
 
 
 def test_what_is_done_is_not_asked_again(tmp_path, corpus, teacher):
@@ -184,18 +213,24 @@ def test_what_is_done_is_not_asked_again(tmp_path, corpus, teacher):
 def test_a_kill_in_the_middle_of_a_batch_costs_that_batch_alone(tmp_path, corpus, teacher):
     whole = write_labels(tmp_path / "whole", teacher, corpus, T, B=7)
     write_labels(tmp_path / "parts", teacher, corpus, T, B=7, stop_after=20)
-    with open(tmp_path / "parts" / "labels.bin", "r+b") as file:  # bytes that no about.json tells of
+    with open(
+        tmp_path / "parts" / "labels.bin", "r+b"
+    ) as file:  # bytes that no about.json tells of
         file.seek(label_bytes(21, T, V))
         file.write(b"\xff" * 40)
     write_labels(tmp_path / "parts", teacher, corpus, T, B=7)
-    assert (tmp_path / "parts" / "labels.bin").read_bytes() == (whole.path / "labels.bin").read_bytes()
+    assert (tmp_path / "parts" / "labels.bin").read_bytes() == (
+        whole.path / "labels.bin"
+    ).read_bytes()
 
 
 def test_a_file_that_lost_its_end_is_not_gone_on_with(tmp_path, corpus, teacher):
     write_labels(tmp_path, teacher, corpus, T, B=7, stop_after=20)
     size = (tmp_path / "labels.bin").stat().st_size
     os.truncate(tmp_path / "labels.bin", size // 2)
-    with pytest.raises(ValueError, match=f"has {size // 2} bytes, but must have {size}; delete the folder"):
+    with pytest.raises(
+        ValueError, match=f"has {size // 2} bytes, but must have {size}; delete the folder"
+    ):
         write_labels(tmp_path, teacher, corpus, T, B=7)
 
 
@@ -212,7 +247,14 @@ def test_labels_of_another_teacher_text_or_kind_are_refused(tmp_path, corpus, te
     write_labels(tmp_path, teacher, corpus, T, n=20)
     other = replace(corpus, train=corpus.train.flip(0))
     larger = replace(corpus, tokenizer=CharTokenizer(TEXT + "#"))
-    for change in ({"teacher": new_model(9)}, {"corpus": other}, {"corpus": larger}, {"k": 2}, {"n": 21}, {"T": 4}):
+    for change in (
+        {"teacher": new_model(9)},
+        {"corpus": other},
+        {"corpus": larger},
+        {"k": 2},
+        {"n": 21},
+        {"T": 4},
+    ):
         arguments = {"teacher": teacher, "corpus": corpus, "T": T, "n": 20} | change
         with pytest.raises(ValueError, match=f"are others .*{next(iter(change))}"):
             write_labels(tmp_path, **arguments)
@@ -235,7 +277,11 @@ def test_missing_truncated_and_broken_stores(tmp_path, corpus, teacher):
     (tmp_path / "labels.bin").unlink()
     with pytest.raises(ValueError, match=f"has 0 bytes, but must have {size}"):
         LabelStore(tmp_path, corpus)
-    for text, says in (("{", "is not whole"), ("[]", "does not describe labels"), ('{"n": 1}', "does not describe")):
+    for text, says in (
+        ("{", "is not whole"),
+        ("[]", "does not describe labels"),
+        ('{"n": 1}', "does not describe"),
+    ):
         (tmp_path / "about.json").write_text(text)
         with pytest.raises(ValueError, match=says):
             LabelStore(tmp_path, corpus)
@@ -243,20 +289,27 @@ def test_missing_truncated_and_broken_stores(tmp_path, corpus, teacher):
 
 def test_bad_numbers(tmp_path, corpus, teacher, store):
     for k in (0, V + 1):
-        with pytest.raises(ValueError, match=f"k is {k}, but must be from 1 to the vocabulary's {V}"):
+        with pytest.raises(
+            ValueError, match=f"k is {k}, but must be from 1 to the vocabulary's {V}"
+        ):
             record_dtype(V, k)
     whole = (len(corpus.train) - 1) // T
     for n in (0, whole + 1):
         with pytest.raises(
-            ValueError, match=f"labels of {n} windows are asked for, but the text has from 1 to {whole}"
+            ValueError,
+            match=f"labels of {n} windows are asked for, but the text has from 1 to {whole}",
         ):
             write_labels(tmp_path, teacher, corpus, T, n=n)
-    with pytest.raises(ValueError, match="the labels are of another text than the one to train on"):
+    with pytest.raises(
+        ValueError, match="the labels are of another text than the one to train on"
+    ):
         store.sample(corpus.val, T, 2, 0)
     with pytest.raises(ValueError, match=f"for windows of {T} tokens, but 4 are asked for"):
         store.sample(corpus.train, 4, 2, 0)
     for i in (-1, len(store)):
-        with pytest.raises(IndexError, match=re.escape(f"window {i} is asked for, but there are windows 0 to")):
+        with pytest.raises(
+            IndexError, match=re.escape(f"window {i} is asked for, but there are windows 0 to")
+        ):
             store[i]
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptlite.flash_attention import (
+from gptlite.flash_attention.tiles import (
     Traffic,
     attend,
     backward_traffic,
@@ -51,7 +51,9 @@ def test_any_cut_into_tiles_gives_the_same_answer(shape, block_q, block_k):
     torch.testing.assert_close(out, naive_attention(q, k, v), **CLOSE)
     scores = q @ k.repeat_interleave(shape["groups"], 1).mT / math.sqrt(shape["D"])
     hidden = torch.ones_like(scores, dtype=torch.bool).triu(shape["past"] + 1)
-    torch.testing.assert_close(lse, scores.masked_fill(hidden, -math.inf).logsumexp(-1), **CLOSE)
+    torch.testing.assert_close(
+        lse, scores.masked_fill(hidden, -math.inf).logsumexp(-1), **CLOSE
+    )
 
 
 @given(SHAPES, BLOCKS, BLOCKS)
@@ -62,7 +64,9 @@ def test_gradients_are_those_of_the_naive_twin(shape, block_q, block_k):
     expected = torch.autograd.grad(naive, (q, k, v), grad)
     q, k, v = (t.detach() for t in (q, k, v))
     out, lse = flash_forward(q, k, v, block_q, block_k)
-    found = flash_backward(grad, q, k, v, out, lse, block_k, block_q)  # not the cut of the forward pass
+    found = flash_backward(
+        grad, q, k, v, out, lse, block_k, block_q
+    )  # not the cut of the forward pass
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -70,7 +74,17 @@ def test_gradients_are_those_of_the_naive_twin(shape, block_q, block_k):
 @given(SHAPES, BLOCKS, BLOCKS, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_the_bytes_are_those_of_the_formula(shape, block_q, block_k, dtype):
     q, k, v = qkv(**shape, dtype=dtype)
-    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], dtype.itemsize, block_q, block_k)
+    sizes = (
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        q.shape[3],
+        dtype.itemsize,
+        block_q,
+        block_k,
+    )
     forward, backward = Traffic(), Traffic()
     out, lse = flash_forward(q, k, v, block_q, block_k, forward)
     flash_backward(torch.ones_like(out), q, k, v, out, lse, block_q, block_k, backward)
@@ -90,7 +104,10 @@ def test_the_formula_for_a_square_of_whole_blocks():
 def test_parts_may_be_merged_in_any_order(data, Tq, Tk):
     scores, v = torch.randn(Tq, Tk), torch.randn(Tk, 3)
     cuts = sorted(data.draw(st.sets(st.integers(1, Tk - 1), max_size=4)))
-    parts = [attend(s, w) for s, w in zip(scores.tensor_split(cuts, 1), v.tensor_split(cuts), strict=True)]
+    parts = [
+        attend(s, w)
+        for s, w in zip(scores.tensor_split(cuts, 1), v.tensor_split(cuts), strict=True)
+    ]
     parts = data.draw(st.permutations(parts))
     torch.testing.assert_close(reduce(merge, parts).output(), scores.softmax(-1) @ v, **CLOSE)
     torch.testing.assert_close(reduce(merge, parts).logsumexp(), scores.logsumexp(-1), **CLOSE)
@@ -112,7 +129,9 @@ def test_large_scores_do_not_overflow(attention):
 @given(SHAPES, st.integers(1, 20))
 def test_keys_in_any_number_of_parts(shape, splits):
     q, k, v = qkv(**shape)
-    torch.testing.assert_close(split_kv_attention(q, k, v, splits=splits), naive_attention(q, k, v), **CLOSE)
+    torch.testing.assert_close(
+        split_kv_attention(q, k, v, splits=splits), naive_attention(q, k, v), **CLOSE
+    )
     mask = torch.rand(q.shape[2], k.shape[2], generator=torch.Generator().manual_seed(2)) < 0.5
     mask[:, 0] = True
     masked = naive_attention(q, k, v, mask)
@@ -130,7 +149,9 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 
 def test_what_is_not_contiguous_is_taken(make_model):
-    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(B=2, groups=3, Tq=9, past=2))
+    q, k, v = (
+        t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(B=2, groups=3, Tq=9, past=2)
+    )
     assert not q.is_contiguous()
     torch.testing.assert_close(flash_attention(q, k, v), naive_attention(q, k, v), **CLOSE)
 
@@ -159,7 +180,10 @@ def test_memory_holds_no_matrix_of_scores():
             return result
 
     q, k, v = qkv(H_kv=1, Tq=512, D=4)
-    for run, least, most in ((naive_attention, 512 * 512, 512 * 512), (flash_attention, 0, 64 * 64)):
+    for run, least, most in (
+        (naive_attention, 512 * 512, 512 * 512),
+        (flash_attention, 0, 64 * 64),
+    ):
         with Largest() as largest:
             run(q, k, v)
         assert least <= largest.numbers <= most
@@ -174,14 +198,38 @@ def bad(change):
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        (lambda q, k, v: (q[0], k, v), ValueError, r"have the shapes \(2, 5, 4\), .* but must be \(B, H, Tq, D\)"),
+        (
+            lambda q, k, v: (q[0], k, v),
+            ValueError,
+            r"have the shapes \(2, 5, 4\), .* but must be \(B, H, Tq, D\)",
+        ),
         (lambda q, k, v: (q, k, v[:, :, 1:]), ValueError, "have the shapes"),
-        (lambda q, k, v: (q[..., 1:], k, v), ValueError, "q has batch and head size 1, 3, but k 1, 4"),
-        (lambda q, k, v: (q[:, :1], k, v), ValueError, "q has 1 heads, which the 2 heads of k do not divide"),
-        (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), ValueError, "there are 5 queries and 4 keys"),
+        (
+            lambda q, k, v: (q[..., 1:], k, v),
+            ValueError,
+            "q has batch and head size 1, 3, but k 1, 4",
+        ),
+        (
+            lambda q, k, v: (q[:, :1], k, v),
+            ValueError,
+            "q has 1 heads, which the 2 heads of k do not divide",
+        ),
+        (
+            lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]),
+            ValueError,
+            "there are 5 queries and 4 keys",
+        ),
         (lambda q, k, v: (q[:, :, :0], k, v), ValueError, "there are 0 queries"),
-        (lambda q, k, v: (q.half(), k, v), TypeError, "q, k and v are torch.float16, torch.float32"),
-        (lambda q, k, v: (q.double(), k.double(), v.double()), TypeError, "but must all be torch.float32"),
+        (
+            lambda q, k, v: (q.half(), k, v),
+            TypeError,
+            "q, k and v are torch.float16, torch.float32",
+        ),
+        (
+            lambda q, k, v: (q.double(), k.double(), v.double()),
+            TypeError,
+            "but must all be torch.float32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_sentence(change, error, sentence):

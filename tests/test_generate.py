@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlite.corpus import CharTokenizer
-from gptlite.generate import decode_one_token, generate, prefill, probabilities, sample, stream, stream_text
+from gptlite.generate import (
+    decode_one_token,
+    generate,
+    prefill,
+    probabilities,
+    sample,
+    stream,
+    stream_text,
+)
 from gptlite.kv_cache import KVCache
 
 LETTERS = CharTokenizer("abcdefghijklmnopq")  # 17, as the tiny model's vocabulary
@@ -31,14 +39,18 @@ logits_rows = st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=9)
 @given(logits_rows, st.floats(0.05, 20))
 def test_temperature_divides_the_logits(row, temperature):
     logits = torch.tensor([row])
-    torch.testing.assert_close(probabilities(logits, temperature), (logits / temperature).softmax(-1))
+    torch.testing.assert_close(
+        probabilities(logits, temperature), (logits / temperature).softmax(-1)
+    )
 
 
 @given(logits_rows, st.data())
 def test_top_k_keeps_the_k_likeliest_and_their_ties(row, data):
     k = data.draw(st.integers(1, len(row)))
     logits = torch.tensor([row])
-    kept = [x >= sorted(row)[-k] for x in row]  # one that ties with the k-th is as good as the k-th
+    kept = [
+        x >= sorted(row)[-k] for x in row
+    ]  # one that ties with the k-th is as good as the k-th
     expected = torch.where(torch.tensor([kept]), logits, -torch.inf).softmax(-1)
     torch.testing.assert_close(probabilities(logits, top_k=k), expected)
 
@@ -66,7 +78,9 @@ def test_top_p_of_one_keeps_all():
 def test_top_k_comes_before_top_p():
     """As everywhere: p is a share of what top_k left. Of (1/2, 1/4, 1/8, 1/8) two are left, as 2/3 and 1/3."""
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    torch.testing.assert_close(probabilities(logits, top_k=2, top_p=0.6), torch.tensor([[1.0, 0, 0, 0]]))
+    torch.testing.assert_close(
+        probabilities(logits, top_k=2, top_p=0.6), torch.tensor([[1.0, 0, 0, 0]])
+    )
     assert (probabilities(logits, top_p=0.6) > 0).sum() == 2
 
 
@@ -88,7 +102,9 @@ def test_greedy_takes_the_likeliest_and_no_random_number(row, seed):
     before = generator.get_state()
     token = sample(logits, temperature=0, generator=generator)
     assert token.tolist() == [[row.index(max(row))]]
-    assert probabilities(logits, temperature=0).tolist() == [[float(i == token) for i in range(len(row))]]
+    assert probabilities(logits, temperature=0).tolist() == [
+        [float(i == token) for i in range(len(row))]
+    ]
     assert torch.equal(generator.get_state(), before)
 
 
@@ -98,7 +114,9 @@ def test_samples_follow_the_distribution():
     expected = probabilities(logits, top_p=0.85, temperature=0.8)[0]
     assert drawn.shape == (20_000, 1)
     frequency = drawn.flatten().bincount(minlength=4) / 20_000
-    torch.testing.assert_close(frequency, expected, atol=0.015, rtol=0)  # four standard deviations
+    torch.testing.assert_close(
+        frequency, expected, atol=0.015, rtol=0
+    )  # four standard deviations
     assert (frequency[expected == 0] == 0).all()
 
 
@@ -109,7 +127,10 @@ def test_samples_follow_the_distribution():
         ({"temperature": float("nan")}, "temperature is nan, but must be 0 (greedy) or more."),
         ({"top_k": 0}, "top_k is 0, but must be from 1 to the vocabulary's 17."),
         ({"top_k": 18}, "top_k is 18, but must be from 1 to the vocabulary's 17."),
-        ({"top_k": 0, "temperature": 0}, "top_k is 0, but must be from 1 to the vocabulary's 17."),
+        (
+            {"top_k": 0, "temperature": 0},
+            "top_k is 0, but must be from 1 to the vocabulary's 17.",
+        ),
         ({"top_p": 0.0}, "top_p is 0.0, but must be above 0 and at most 1."),
         ({"top_p": 1.1}, "top_p is 1.1, but must be above 0 and at most 1."),
     ],
@@ -129,9 +150,13 @@ def test_sampling_that_makes_no_sense(make_model, sampling, message):
     T=st.integers(1, 24),
     new=st.integers(0, 30),
     n_kv_head=st.sampled_from([1, 2, 4]),
-    sampling=st.sampled_from([{"temperature": 0}, {"top_k": 5}, {"top_p": 0.9, "temperature": 0.7}]),
+    sampling=st.sampled_from(
+        [{"temperature": 0}, {"top_k": 5}, {"top_p": 0.9, "temperature": 0.7}]
+    ),
 )
-def test_the_cache_changes_nothing_also_past_block_size(make_model, B, T, new, n_kv_head, sampling):
+def test_the_cache_changes_nothing_also_past_block_size(
+    make_model, B, T, new, n_kv_head, sampling
+):
     model, idx = make_model(n_kv_head=n_kv_head), prompt(B, T)
     naive = generate(model, idx, new, generator=seeded(), **sampling)
     cached = generate(model, idx, new, KVCache(model.config, B), generator=seeded(), **sampling)
@@ -147,7 +172,9 @@ def test_naive_generation_draws_from_the_model_after_the_last_block_size_tokens(
     for _ in range(40):
         token = sample(model(text[:, -24:])[:, -1], temperature=2.0, generator=generator)
         text = torch.cat([text, token], dim=1)
-    assert torch.equal(generate(model, prompt(2, 5), 40, temperature=2.0, generator=seeded()), text)
+    assert torch.equal(
+        generate(model, prompt(2, 5), 40, temperature=2.0, generator=seeded()), text
+    )
 
 
 def test_with_a_cache_each_token_is_computed_once(make_model):
@@ -171,8 +198,12 @@ def test_no_graph_is_made(make_model):
 def test_prefill_and_decode_are_two_passes_of_the_model(make_model):
     model = make_model()
     idx, cache = prompt(2, 9), KVCache(model.config, 2)
-    torch.testing.assert_close(prefill(model, idx[:, :8], cache), model(idx)[:, 7], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(decode_one_token(model, idx[:, 8:], cache), model(idx)[:, 8], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        prefill(model, idx[:, :8], cache), model(idx)[:, 7], atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        decode_one_token(model, idx[:, 8:], cache), model(idx)[:, 8], atol=1e-5, rtol=1e-5
+    )
     assert cache.length == 9
 
 
@@ -235,7 +266,9 @@ def test_a_used_cache_works_again_once_rewound(make_model):
     model = make_model()
     cache = KVCache(model.config)
     first = generate(model, prompt(1, 3), 5, cache, temperature=0)
-    with pytest.raises(ValueError, match=r"the cache holds 7 tokens of another text; rewind it first\."):
+    with pytest.raises(
+        ValueError, match=r"the cache holds 7 tokens of another text; rewind it first\."
+    ):
         generate(model, prompt(1, 3), 5, cache)
     cache.rewind(0)
     assert torch.equal(generate(model, prompt(1, 3), 5, cache, temperature=0), first)
@@ -245,8 +278,16 @@ def test_a_used_cache_works_again_once_rewound(make_model):
     ("idx", "new", "message"),
     [
         (prompt(1, 0), 1, "the prompt has 0 tokens, but must have from 1 to block_size = 24."),
-        (prompt(1, 25), 1, "the prompt has 25 tokens, but must have from 1 to block_size = 24."),
-        (prompt(1, 3)[0], 1, "the prompt's shape is (3,), but must be (B, T); idx[None] is a batch of 1."),
+        (
+            prompt(1, 25),
+            1,
+            "the prompt has 25 tokens, but must have from 1 to block_size = 24.",
+        ),
+        (
+            prompt(1, 3)[0],
+            1,
+            "the prompt's shape is (3,), but must be (B, T); idx[None] is a batch of 1.",
+        ),
         (prompt(1, 3), -1, "max_new_tokens is -1, but must be at least 0."),
     ],
 )
@@ -257,7 +298,9 @@ def test_bad_prompts_are_refused_before_anything_is_computed(make_model, idx, ne
 
 def test_a_cache_that_is_too_short_is_refused_at_once_and_one_that_just_fits_works(make_model):
     model = make_model()
-    with pytest.raises(ValueError, match=r"the cache has room for 7 tokens, but the text will have more\."):
+    with pytest.raises(
+        ValueError, match=r"the cache has room for 7 tokens, but the text will have more\."
+    ):
         stream(model, prompt(1, 4), 4, KVCache(model.config, max_len=7))
     fits = generate(model, prompt(1, 4), 4, KVCache(model.config, max_len=8), temperature=0)
     assert torch.equal(fits, generate(model, prompt(1, 4), 4, temperature=0))
@@ -265,7 +308,9 @@ def test_a_cache_that_is_too_short_is_refused_at_once_and_one_that_just_fits_wor
 
 def test_a_cache_for_another_batch(make_model):
     model = make_model()
-    with pytest.raises(ValueError, match=r"the model brings batch 2, .* but the cache is for batch 1"):
+    with pytest.raises(
+        ValueError, match=r"the model brings batch 2, .* but the cache is for batch 1"
+    ):
         generate(model, prompt(2, 3), 1, KVCache(model.config))
 
 
@@ -273,7 +318,10 @@ def test_a_cache_for_another_batch(make_model):
     ("text", "message"),
     [
         ("", "the prompt is empty; give at least one character."),
-        ("b\N{GREEK SMALL LETTER ALPHA}d!", "the text has characters that the vocabulary lacks: '!', 'α'."),
+        (
+            "b\N{GREEK SMALL LETTER ALPHA}d!",
+            "the text has characters that the vocabulary lacks: '!', 'α'.",
+        ),
         ("b" * 25, "the prompt has 25 tokens, but must have from 1 to block_size = 24."),
     ],
 )

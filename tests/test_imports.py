@@ -19,9 +19,9 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 import gptlite.kv_cache, gptlite.generate, gptlite.model, gptlite.corpus, gptlite.device, gptlite.muon
-import gptlite.compilation, gptlite.flash_attention, gptlite.smaller_caches
-import gptlite.quantized_linear, gptlite.quantization_activations, gptlite.quantization_training
-import gptlite.distillation, gptlite.pruning, gptlite.pruning_structure, gptlite.architecture_search
+import gptlite.compilation.linears, gptlite.flash_attention.tiles, gptlite.smaller_caches
+import gptlite.quantization.linear, gptlite.quantization.activations, gptlite.quantization.training
+import gptlite.distillation.losses, gptlite.pruning.masks, gptlite.pruning.structure, gptlite.pruning.shape_search
 from gptlite.generate import generate
 import torch
 
@@ -52,9 +52,9 @@ def state():
 before, printed = state(), io.StringIO()
 with contextlib.redirect_stdout(printed):
     import gptlite.model, gptlite.kv_cache, gptlite.generate, gptlite.corpus, gptlite.train, gptlite.checkpoints
-    import gptlite.compilation, gptlite.flash_attention, gptlite.smaller_caches
-    import gptlite.quantization, gptlite.quantization_activations, gptlite.quantization_training
-    import gptlite.distillation_labels, gptlite.pruning, gptlite.pruning_structure, gptlite.architecture_search
+    import gptlite.compilation.linears, gptlite.flash_attention.tiles, gptlite.smaller_caches
+    import gptlite.quantization.model, gptlite.quantization.activations, gptlite.quantization.training
+    import gptlite.distillation.labels, gptlite.pruning.masks, gptlite.pruning.structure, gptlite.pruning.shape_search
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 others = ("transformers", "matplotlib", "IPython", "onnx", "torchao", "optuna", "torch._dynamo")
@@ -65,8 +65,15 @@ print(json.dumps({"changed": changed, "heavy": heavy, "printed": printed.getvalu
 
 def python(code, folder):
     env = {k: v for k, v in os.environ.items() if k != "GPTLITE_CACHE"}
-    env |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder), "XDG_CACHE_HOME": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    env |= {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": str(folder),
+        "XDG_CACHE_HOME": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -87,5 +94,9 @@ def test_the_core_works_with_torch_alone(tmp_path):
 
 
 def test_nothing_happens_at_import(tmp_path):
-    assert json.loads(python(NOTHING_HAPPENS, tmp_path)) == {"changed": [], "heavy": [], "printed": ""}
+    assert json.loads(python(NOTHING_HAPPENS, tmp_path)) == {
+        "changed": [],
+        "heavy": [],
+        "printed": "",
+    }
     assert not list(tmp_path.iterdir())  # no cache folder either

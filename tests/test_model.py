@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from gptlite.checkpoints import from_hugging_face, to_hugging_face
 from gptlite.kv_cache import KVCache
-from gptlite.model import GPT, GPT2_SMALL, GPT2_XL, GPTConfig, causal_mask, naive_attention, sdpa_attention
+from gptlite.model import (
+    GPT,
+    GPT2_SMALL,
+    GPT2_XL,
+    GPTConfig,
+    causal_mask,
+    naive_attention,
+    sdpa_attention,
+)
 
 SHAPES = [
     {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "vocab_size": 5},
@@ -38,7 +46,9 @@ def random_weights(model, seed):
 def test_agrees_with_hugging_face_taking_its_weights(shape, attention):
     transformers = pytest.importorskip("transformers")
     sizes = {k: shape[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    config = transformers.GPT2Config(n_positions=shape["block_size"], bos_token_id=None, eos_token_id=None, **sizes)
+    config = transformers.GPT2Config(
+        n_positions=shape["block_size"], bos_token_id=None, eos_token_id=None, **sizes
+    )
     theirs = random_weights(transformers.GPT2LMHeadModel(config), 1)
     ours = from_hugging_face(theirs).set_attention(attention)
     for T in (1, shape["block_size"]):
@@ -57,7 +67,9 @@ def test_agrees_with_hugging_face_giving_its_weights(shape):
     assert theirs.lm_head.weight is theirs.transformer.wte.weight  # tied there as well
     back = from_hugging_face(theirs)
     assert back.config == ours.config
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,27 +85,43 @@ def test_agrees_with_hugging_face_giving_its_weights(shape):
 )
 def test_a_variant_of_gpt2_is_refused_rather_than_computed_wrong(change, named):
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=5, **change)
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=5, **change
+    )
     with pytest.raises(ValueError, match=re.escape(f"the model's {named}, but GPT-2's")):
         from_hugging_face(transformers.GPT2LMHeadModel(config))
 
 
 def test_grouped_queries_do_not_fit_into_gpt2(make_model):
-    with pytest.raises(ValueError, match=r"GPT-2 has no grouped queries, but the model has 2 KV heads for 4 heads\."):
+    with pytest.raises(
+        ValueError,
+        match=r"GPT-2 has no grouped queries, but the model has 2 KV heads for 4 heads\.",
+    ):
         to_hugging_face(make_model(n_kv_head=2))
 
 
-@pytest.mark.parametrize(("change", "widths"), [({"head_size": 3}, "12 and 64"), ({"n_hidden": 20}, "16 and 20")])
+@pytest.mark.parametrize(
+    ("change", "widths"), [({"head_size": 3}, "12 and 64"), ({"n_hidden": 20}, "16 and 20")]
+)
 def test_other_widths_do_not_fit_into_gpt2(make_model, change, widths):
-    with pytest.raises(ValueError, match=f"as wide as its 16 channels .* the model's are {widths} wide"):
+    with pytest.raises(
+        ValueError, match=f"as wide as its 16 channels .* the model's are {widths} wide"
+    ):
         to_hugging_face(make_model(n_head=4, n_embd=16, **change))
 
 
 def test_widths_of_heads_and_mlp_are_free():
-    config = GPTConfig(n_layer=2, n_head=3, n_embd=16, block_size=8, vocab_size=11, head_size=5, n_hidden=7)
+    config = GPTConfig(
+        n_layer=2, n_head=3, n_embd=16, block_size=8, vocab_size=11, head_size=5, n_hidden=7
+    )
     model, idx = GPT(config).eval(), torch.randint(11, (2, 8))
-    assert model.h[0].attn.c_attn.weight.shape == (45, 16) and model.h[0].attn.c_proj.weight.shape == (16, 15)
-    assert model.h[1].mlp.c_fc.weight.shape == (7, 16) and (config.head_dim, config.hidden) == (5, 7)
+    assert model.h[0].attn.c_attn.weight.shape == (45, 16) and model.h[
+        0
+    ].attn.c_proj.weight.shape == (16, 15)
+    assert model.h[1].mlp.c_fc.weight.shape == (7, 16) and (config.head_dim, config.hidden) == (
+        5,
+        7,
+    )
     cache = KVCache(config, 2, 8)
     parts = [model(part, cache) for part in idx.split(3, 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
@@ -108,8 +136,13 @@ def attention_by_hand(q, k, v):
             g = h * H_kv // H  # consecutive heads share keys and values
             for i in range(Tq):
                 seen = Tk - Tq + i + 1  # the last query sees every key
-                weights = [math.exp(q[b, h, i].double() @ k[b, g, j].double() / D**0.5) for j in range(seen)]
-                y[b, h, i] = sum(w / sum(weights) * v[b, g, j].double() for j, w in enumerate(weights))
+                weights = [
+                    math.exp(q[b, h, i].double() @ k[b, g, j].double() / D**0.5)
+                    for j in range(seen)
+                ]
+                y[b, h, i] = sum(
+                    w / sum(weights) * v[b, g, j].double() for j, w in enumerate(weights)
+                )
     return y
 
 
@@ -135,11 +168,15 @@ def test_grouped_queries_equal_all_heads_with_the_keys_copied(make_model):
     """Weights of a grouped model copied into a model with all heads give the same logits."""
     few = make_model(n_kv_head=2)
     many = make_model(n_kv_head=4)
-    many.load_state_dict({k: v for k, v in few.state_dict().items() if "c_attn" not in k}, strict=False)
+    many.load_state_dict(
+        {k: v for k, v in few.state_dict().items() if "c_attn" not in k}, strict=False
+    )
     for a, b in zip(few.h, many.h, strict=True):
         for name in ("weight", "bias"):
             q, k, v = getattr(a.attn.c_attn, name).split([32, 16, 16])
-            k, v = (t.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1) for t in (k, v))
+            k, v = (
+                t.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1) for t in (k, v)
+            )
             getattr(b.attn.c_attn, name).copy_(torch.cat([q, k, v]))
     idx = prompt(17, 2, 24)
     torch.testing.assert_close(few(idx), many(idx), atol=1e-5, rtol=1e-5)
@@ -187,7 +224,9 @@ def test_last_only_is_the_last_of_all(make_model):
 def test_last_only_spares_the_heads_work(make_model):
     """The point of it: the head, the widest matrix, sees one position."""
     model, seen = make_model(), []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].shape[1])
+    )
     model(prompt(17, 1, 9), last_only=True)
     assert seen == [1]
 
@@ -210,8 +249,13 @@ def test_initialisation_is_gpt2s():
             expected = small if "c_proj" in name else 0.02
             assert abs(p.std().item() / expected - 1) < 0.02, name
         else:
-            assert torch.equal(p, torch.ones_like(p) if re.search(r"ln_.*weight", name) else torch.zeros_like(p)), name
-    loss = torch.nn.functional.cross_entropy(model(prompt(65, 1, 64)).flatten(0, 1), prompt(65, 1, 64, seed=1)[0])
+            assert torch.equal(
+                p,
+                torch.ones_like(p) if re.search(r"ln_.*weight", name) else torch.zeros_like(p),
+            ), name
+    loss = torch.nn.functional.cross_entropy(
+        model(prompt(65, 1, 64)).flatten(0, 1), prompt(65, 1, 64, seed=1)[0]
+    )
     assert abs(loss.item() - math.log(65)) < 0.2  # it knows nothing yet
 
 
@@ -283,7 +327,9 @@ def test_swap_linears_reaches_each_one_and_keeps_the_tied_head(make_model):
 
 
 def test_more_tokens_than_positions(make_model):
-    with pytest.raises(ValueError, match=r"25 tokens are more than the model's block_size of 24\."):
+    with pytest.raises(
+        ValueError, match=r"25 tokens are more than the model's block_size of 24\."
+    ):
         make_model()(prompt(17, 1, 25))
 
 

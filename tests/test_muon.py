@@ -19,7 +19,9 @@ def test_singular_values_land_near_one(m, n, seed):
     torch.manual_seed(seed)
     G = torch.randn(m, n) * 10 ** torch.randn(1)
     values = torch.linalg.svdvals(orthogonalize(G))
-    keep = torch.linalg.svdvals(G) > 0.002 * G.norm()  # the polynomial rises with its argument up to there
+    keep = (
+        torch.linalg.svdvals(G) > 0.002 * G.norm()
+    )  # the polynomial rises with its argument up to there
     assert values[: keep.sum()].min() > 0.67
     assert values.max() < 1.22
 
@@ -32,7 +34,9 @@ def test_the_singular_vectors_stay():
     x = S / S.norm()
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
-    torch.testing.assert_close(U.mT @ orthogonalize(G) @ Vh.mT, torch.diag(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        U.mT @ orthogonalize(G) @ Vh.mT, torch.diag(x), atol=1e-6, rtol=0
+    )
 
 
 def test_shapes_tall_wide_and_stacked():
@@ -61,12 +65,16 @@ def test_one_step_by_hand():
     before = p.detach().clone()
     p.grad = g.clone()
     Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5).step()
-    expected = before * (1 - 0.1 * 0.5) - 0.1 * (12 / 3) ** 0.5 * orthogonalize(g)  # a tall matrix takes longer steps
+    expected = before * (1 - 0.1 * 0.5) - 0.1 * (12 / 3) ** 0.5 * orthogonalize(
+        g
+    )  # a tall matrix takes longer steps
     torch.testing.assert_close(p.detach(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(p.grad, g)  # the gradient is only read
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon of its own")
+@pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon of its own"
+)
 def test_equals_pytorchs_muon():
     """The same path over several steps, to the rounding of bfloat16, in which PyTorch's orthogonalises."""
     torch.manual_seed(0)
@@ -81,7 +89,9 @@ def test_equals_pytorchs_muon():
         one.step()
         two.step()
     for p, q, s in zip(ours, theirs, start, strict=True):
-        assert (p - q).norm() < 0.06 * (q - s).norm()  # without Nesterov or the factor for tall matrices: 0.2 and more
+        assert (p - q).norm() < 0.06 * (
+            q - s
+        ).norm()  # without Nesterov or the factor for tall matrices: 0.2 and more
 
 
 def test_parameters_without_a_gradient_stay():
@@ -93,5 +103,7 @@ def test_parameters_without_a_gradient_stay():
 
 
 def test_takes_matrices_only():
-    with pytest.raises(ValueError, match=r"Muon takes matrices, but a parameter has the shape \(3,\)\."):
+    with pytest.raises(
+        ValueError, match=r"Muon takes matrices, but a parameter has the shape \(3,\)\."
+    ):
         Muon([torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))])

@@ -16,11 +16,15 @@ def chapters_in_toc():
 
     def files(entry):
         yield from [entry[key] for key in ("file", "root") if key in entry]
-        for part in entry.get("parts", []) + entry.get("chapters", []) + entry.get("sections", []):
+        for part in (
+            entry.get("parts", []) + entry.get("chapters", []) + entry.get("sections", [])
+        ):
             yield from files(part)
 
     toc = yaml.safe_load((notebook_files.ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return {file.removeprefix("notebooks/") for file in files(toc) if file.startswith("notebooks/")}
+    return {
+        file.removeprefix("notebooks/") for file in files(toc) if file.startswith("notebooks/")
+    }
 
 
 def test_the_table_of_contents_lists_the_chapters_and_no_other():
@@ -35,18 +39,30 @@ def test_the_stored_notebooks_have_no_fault():
 def test_every_chapter_compares_its_listings_and_results():
     for path in notebook_files.find([]):
         code = [cell for cell in notebook_files.read(path).cells if cell.cell_type == "code"]
-        compared = [cell for cell in code if "nbval-check-output" in cell.metadata.get("tags", [])]
+        compared = [
+            cell for cell in code if "nbval-check-output" in cell.metadata.get("tags", [])
+        ]
         listings = [cell for cell in code if re.search(r"^show\(", cell.source, re.MULTILINE)]
         assert len(compared) >= 5, path.name
         untagged = [cell.source for cell in listings if cell not in compared]
         assert listings, f"{path.name} shows no source of the package"
-        assert not untagged, f"{path.name} shows source that may go stale: tag {untagged} nbval-check-output"
+        assert not untagged, (
+            f"{path.name} shows source that may go stale: tag {untagged} nbval-check-output"
+        )
 
 
 def test_make_test_runs_nbval_over_the_notebooks():
     makefile = (notebook_files.ROOT / "Makefile").read_text()
-    assert re.search(r"^NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=\d+$", makefile, re.MULTILINE)
-    assert re.search(r"^\t.*\$\(NBVAL\).* notebooks$", makefile.split("\ntest:")[1].split("\n\n")[0], re.MULTILINE)
+    assert re.search(
+        r"^NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=\d+$",
+        makefile,
+        re.MULTILINE,
+    )
+    assert re.search(
+        r"^\t.*\$\(NBVAL\).* notebooks$",
+        makefile.split("\ntest:")[1].split("\n\n")[0],
+        re.MULTILINE,
+    )
 
 
 def displayed(mime, text):
@@ -58,7 +74,9 @@ def displayed(mime, text):
 @pytest.mark.notebook
 def test_what_nbval_notices_here_and_what_it_does_not(tmp_path):
     def write(name, source, *outputs, count=1):
-        cell = v4.new_code_cell(source, outputs=list(outputs), metadata={"tags": ["nbval-check-output"]})
+        cell = v4.new_code_cell(
+            source, outputs=list(outputs), metadata={"tags": ["nbval-check-output"]}
+        )
         cell.execution_count = count
         path = tmp_path / f"{name}.ipynb"
         notebook_files.write(v4.new_notebook(cells=[cell]), path)
@@ -67,16 +85,39 @@ def test_what_nbval_notices_here_and_what_it_does_not(tmp_path):
     source, stored = displayed("text/markdown", "```python\nnew\n```")
     write("listing", source, stored)
     write("stale_listing", source, displayed("text/markdown", "```python\nold\n```")[1])
-    write("other_drawing", displayed("text/html", "<svg>new</svg>")[0], displayed("text/html", "<svg>old</svg>")[1])
-    write("other_svg", displayed("image/svg+xml", "<svg/>")[0], displayed("image/svg+xml", "<svg></svg>")[1])
+    write(
+        "other_drawing",
+        displayed("text/html", "<svg>new</svg>")[0],
+        displayed("text/html", "<svg>old</svg>")[1],
+    )
+    write(
+        "other_svg",
+        displayed("image/svg+xml", "<svg/>")[0],
+        displayed("image/svg+xml", "<svg></svg>")[1],
+    )
     write("other_number", "print(1)", v4.new_output("stream", name="stdout", text="2\n"))
     write("error", "1 / 0", v4.new_output("stream", name="stdout", text="2\n"))
     never_run = write("never_run", source, count=None)
 
-    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-rA", "--color=no"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+        "-rA",
+        "--color=no",
+    ]
     command += ["--nbval-lax", "--nbval-current-env", str(tmp_path)]
     done = subprocess.run(command, cwd=notebook_files.ROOT, capture_output=True, text=True)
-    outcome = {n: word for word, n in re.findall(r"^(PASSED|FAILED) \S*?(\w+)\.ipynb", done.stdout, re.MULTILINE)}
+    outcome = {
+        n: word
+        for word, n in re.findall(
+            r"^(PASSED|FAILED) \S*?(\w+)\.ipynb", done.stdout, re.MULTILINE
+        )
+    }
     assert outcome == {
         "listing": "PASSED",
         "stale_listing": "FAILED",
@@ -87,4 +128,6 @@ def test_what_nbval_notices_here_and_what_it_does_not(tmp_path):
         "never_run": "PASSED",
     }, done.stdout
     # the blind spot, closed
-    assert any("execution count is None" in fault for fault in check_notebooks.check([never_run]))
+    assert any(
+        "execution count is None" in fault for fault in check_notebooks.check([never_run])
+    )

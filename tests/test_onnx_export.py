@@ -10,15 +10,27 @@ from hypothesis import strategies as st
 from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, naive_attention
-from gptlite.onnx_cache import AppendingGPT, CachedGPT, empty_past, masked_attention, two_part_attention
-from gptlite.onnx_export import TwoHeadBlock, export, export_cached, export_gpt, export_torchscript
+from gptlite.onnx_export.cache import (
+    AppendingGPT,
+    CachedGPT,
+    empty_past,
+    masked_attention,
+    two_part_attention,
+)
+from gptlite.onnx_export.exporters import (
+    TwoHeadBlock,
+    export,
+    export_cached,
+    export_gpt,
+    export_torchscript,
+)
 
 pytestmark = pytest.mark.slow  # a first export takes ten seconds, which is importing
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from gptlite.onnx_runtime import OnnxCache, OnnxGPT, check_onnx, open_session  # noqa: E402
+from gptlite.onnx_export.runtime import OnnxCache, OnnxGPT, check_onnx, open_session  # noqa: E402
 
 BLOCK = (["x"], ["y"], {"x": {0: "B", 1: "T"}})
 FORMS = [(form, by_layer) for form in (CachedGPT, AppendingGPT) for by_layer in (False, True)]
@@ -67,7 +79,10 @@ def run_block(model, x: torch.Tensor) -> torch.Tensor:
 
 def test_the_block_is_attention_with_a_residual(block, x):
     h = block.ln(x)
-    parts = [torch.stack([linear(h) for linear in linears], dim=1) for linears in (block.query, block.key, block.value)]
+    parts = [
+        torch.stack([linear(h) for linear in linears], dim=1)
+        for linears in (block.query, block.key, block.value)
+    ]
     expected = x + block.proj(naive_attention(*parts).transpose(1, 2).flatten(2))
     torch.testing.assert_close(block(x), expected)
 
@@ -84,9 +99,17 @@ def test_every_way_of_capturing_computes_the_same(block, x):
     longer = torch.randn(3, 11, 16)
     for name, graph in graphs.items():
         check_onnx(graph, name)
-        torch.testing.assert_close(run_block(graph, x), block(x).detach(), atol=1e-5, rtol=0, msg=name)
-        torch.testing.assert_close(run_block(graph, longer), block(longer).detach(), atol=1e-5, rtol=0, msg=name)
-    assert len(graphs["raw"].graph.node) > len(graphs["dynamo"].graph.node) == len(graphs["compiled"].graph.node)
+        torch.testing.assert_close(
+            run_block(graph, x), block(x).detach(), atol=1e-5, rtol=0, msg=name
+        )
+        torch.testing.assert_close(
+            run_block(graph, longer), block(longer).detach(), atol=1e-5, rtol=0, msg=name
+        )
+    assert (
+        len(graphs["raw"].graph.node)
+        > len(graphs["dynamo"].graph.node)
+        == len(graphs["compiled"].graph.node)
+    )
 
 
 def test_only_training_keeps_dropout_and_the_mode_is_put_back(block, x):
@@ -111,9 +134,14 @@ def test_the_older_exporter_follows_a_module_s_mode_only_when_told(block, x):
     block.train()
     try:
         counts = [
-            count(export_torchscript(block, [x], *BLOCK), "Dropout"),  # what the post did: the graph of `eval`
+            count(
+                export_torchscript(block, [x], *BLOCK), "Dropout"
+            ),  # what the post did: the graph of `eval`
             count(export_torchscript(block, [x], *BLOCK, training=training), "Dropout"),
-            count(export_torchscript(torch.jit.trace(block, x, check_trace=False), [x], *BLOCK), "Dropout"),
+            count(
+                export_torchscript(torch.jit.trace(block, x, check_trace=False), [x], *BLOCK),
+                "Dropout",
+            ),
         ]
     finally:
         block.eval()
@@ -122,7 +150,9 @@ def test_the_older_exporter_follows_a_module_s_mode_only_when_told(block, x):
 
 @pytest.mark.parametrize("B", [0, 1])
 def test_a_dynamic_size_that_would_become_a_constant_is_refused(block, B):
-    with pytest.raises(ValueError, match=rf"^x is given with B = {B}, which .* give 2 or more\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^x is given with B = {B}, which .* give 2 or more\.$"
+    ):
         export(block, [torch.zeros(B, 6, 16)], *BLOCK)
 
 
@@ -147,15 +177,24 @@ def test_without_its_packages_an_export_says_what_to_install(block, x, monkeypat
         export_torchscript(block, [x], *BLOCK)
 
 
-@given(B=st.integers(1, 3), H_kv=st.sampled_from([1, 2, 4]), P=st.integers(0, 6), T=st.integers(1, 5))
+@given(
+    B=st.integers(1, 3),
+    H_kv=st.sampled_from([1, 2, 4]),
+    P=st.integers(0, 6),
+    T=st.integers(1, 5),
+)
 def test_attention_in_two_parts_is_attention(B, H_kv, P, T):
     g = torch.Generator().manual_seed(P + 10 * T)
-    q, k, v = (torch.randn(B, H, n, 8, generator=g) for H, n in ((4, T), (H_kv, P + T), (H_kv, P + T)))
+    q, k, v = (
+        torch.randn(B, H, n, 8, generator=g) for H, n in ((4, T), (H_kv, P + T), (H_kv, P + T))
+    )
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     (past_k, new_k), (past_v, new_v) = (t.split([P, T], dim=2) for t in (k, v))
     y = two_part_attention(q, (past_k, new_k), (past_v, new_v), mask)
     torch.testing.assert_close(y, naive_attention(q, k, v), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(masked_attention(q, k, v), naive_attention(q, k, v), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        masked_attention(q, k, v), naive_attention(q, k, v), atol=1e-5, rtol=1e-5
+    )
 
 
 @EACH_FORM
@@ -186,34 +225,54 @@ def test_the_graph_takes_any_batch_and_length(tiny, sessions, B, T):
 
 @EACH_FORM
 @given(B=st.integers(1, 3), P=st.integers(0, 12), T=st.integers(1, 12))
-def test_the_cached_graph_takes_any_batch_past_and_length(tiny, sessions, form, by_layer, B, P, T):
-    idx = torch.randint(17, (B, P + T), generator=torch.Generator().manual_seed(B + 10 * T + 1000 * P))
-    model, cache = OnnxGPT(sessions[form, by_layer], tiny.config), OnnxCache(tiny.config, B, by_layer)
+def test_the_cached_graph_takes_any_batch_past_and_length(
+    tiny, sessions, form, by_layer, B, P, T
+):
+    idx = torch.randint(
+        17, (B, P + T), generator=torch.Generator().manual_seed(B + 10 * T + 1000 * P)
+    )
+    model, cache = (
+        OnnxGPT(sessions[form, by_layer], tiny.config),
+        OnnxCache(tiny.config, B, by_layer),
+    )
     if P:
         model(idx[:, :P], cache)
     logits = model(idx[:, P:], cache)
     shape = (B, 2, P + T, 8)
-    assert [array.shape for array in cache.feed().values()] == ([shape] * 4 if by_layer else [(4, *shape)])
+    assert [array.shape for array in cache.feed().values()] == (
+        [shape] * 4 if by_layer else [(4, *shape)]
+    )
     with torch.no_grad():
         torch.testing.assert_close(logits[:, -1], tiny(idx)[:, -1], atol=1e-4, rtol=1e-4)
 
 
 @EACH_FORM
-def test_greedy_text_is_pytorch_s_token_by_token_also_past_the_window(tiny, sessions, form, by_layer):
+def test_greedy_text_is_pytorch_s_token_by_token_also_past_the_window(
+    tiny, sessions, form, by_layer
+):
     idx = torch.randint(17, (2, 5), generator=torch.Generator().manual_seed(1))
     expected = generate(tiny, idx, 30, KVCache(tiny.config, 2), temperature=0)
-    model, cache = OnnxGPT(sessions[form, by_layer], tiny.config), OnnxCache(tiny.config, 2, by_layer)
+    model, cache = (
+        OnnxGPT(sessions[form, by_layer], tiny.config),
+        OnnxCache(tiny.config, 2, by_layer),
+    )
     assert torch.equal(generate(model, idx, 30, cache, temperature=0), expected)
 
 
 def test_the_names_say_what_goes_in_and_out(sessions):
     inputs, outputs = (
         [end.name for end in ends]
-        for ends in (sessions[AppendingGPT, True].get_inputs(), sessions[AppendingGPT, True].get_outputs())
+        for ends in (
+            sessions[AppendingGPT, True].get_inputs(),
+            sessions[AppendingGPT, True].get_outputs(),
+        )
     )
     assert inputs == ["idx", "past.k0", "past.v0", "past.k1", "past.v1"]
     assert outputs == ["logits", "new.k0", "new.v0", "new.k1", "new.v1"]
-    assert [end.name for end in sessions[CachedGPT, False].get_outputs()] == ["logits", "present"]
+    assert [end.name for end in sessions[CachedGPT, False].get_outputs()] == [
+        "logits",
+        "present",
+    ]
 
 
 @EACH_FORM
@@ -225,7 +284,9 @@ def test_the_trained_teacher_writes_the_same_text(form, by_layer):
     exported = OnnxGPT(open_session(export_cached(model, form, by_layer)), config)
     idx = teacher.tokenizer.encode("MIRANDA:\nO wonder")[None]
     expected = generate(model, idx, 120, KVCache(config), temperature=0)
-    assert torch.equal(generate(exported, idx, 120, OnnxCache(config, 1, by_layer), temperature=0), expected)
+    assert torch.equal(
+        generate(exported, idx, 120, OnnxCache(config, 1, by_layer), temperature=0), expected
+    )
     with torch.no_grad():
         cache = OnnxCache(config, 1, by_layer)
         logits = exported(expected[:, :-1], cache)
@@ -233,15 +294,25 @@ def test_the_trained_teacher_writes_the_same_text(form, by_layer):
 
 
 def test_no_folder_of_this_machine_is_in_the_file(block, x):
-    assert str(Path(__file__).parent.parent).encode() not in export(block, [x], *BLOCK).SerializeToString()
+    assert (
+        str(Path(__file__).parent.parent).encode()
+        not in export(block, [x], *BLOCK).SerializeToString()
+    )
 
 
 def test_the_scale_is_of_one_head(tiny):
     assert tiny.config.head_dim == 8  # and not n_embd, as in the post's companion code
-    q, k, v = torch.ones(1, 1, 1, 8), torch.zeros(1, 1, 2, 8), torch.tensor([[[[0.0] * 8, [1.0] * 8]]])
+    q, k, v = (
+        torch.ones(1, 1, 1, 8),
+        torch.zeros(1, 1, 2, 8),
+        torch.tensor([[[[0.0] * 8, [1.0] * 8]]]),
+    )
     k[0, 0, 1] = 1.0
     weight = 1 / (1 + math.exp(-8 / math.sqrt(8)))
     y = two_part_attention(
-        q, (k[:, :, :1], k[:, :, 1:]), (v[:, :, :1], v[:, :, 1:]), torch.ones(1, 1, dtype=torch.bool)
+        q,
+        (k[:, :, :1], k[:, :, 1:]),
+        (v[:, :, :1], v[:, :, 1:]),
+        torch.ones(1, 1, dtype=torch.bool),
     )
     torch.testing.assert_close(y, torch.full((1, 1, 1, 8), weight))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*command: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options
+    )
 
 
 def test_imports_run_one_way():
@@ -26,17 +29,15 @@ def test_imports_run_one_way():
 
 
 def test_a_technique_that_imports_another_is_found(tmp_path):
-    """The rules above are not empty: a copy of the package in which the model imports the cache breaks both."""
-    for path in (ROOT / "gptlite").glob("*.py"):
-        (tmp_path / "gptlite").mkdir(exist_ok=True)
-        (tmp_path / "gptlite" / path.name).write_bytes(path.read_bytes())
+    """The rules above are not empty: a copy of the package in which the model imports the cache breaks them."""
+    shutil.copytree(ROOT / "gptlite", tmp_path / "gptlite")
     model = tmp_path / "gptlite" / "model.py"
     model.write_text("from gptlite import kv_cache\n" + model.read_text())
     (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stdout.count("BROKEN") == 2, done.stdout
+    assert "gptlite.model is not allowed to import gptlite.kv_cache" in done.stdout
 
 
 def test_importing_a_module_loads_nothing_heavy():
@@ -52,7 +53,10 @@ def test_one_version_everywhere():
 
 
 def test_every_requirement_is_pinned():
-    lines = [line.split(";")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split(";")[0].strip()
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     lines = [line.partition("#")[0].strip() for line in lines]
     loose = [line for line in lines if line and not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
     # each release of Netron stops working half a year after it was built, so that one version cannot be kept
@@ -61,8 +65,12 @@ def test_every_requirement_is_pinned():
 
 def test_one_address_everywhere():
     address = setup_cell.repository()[0].removeprefix("https://github.com/")
-    readme, citation = ((ROOT / name).read_text(encoding="utf-8") for name in set_address.FOLLOWERS)
-    assert set(re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)", readme)) == {address}
+    readme, citation = (
+        (ROOT / name).read_text(encoding="utf-8") for name in set_address.FOLLOWERS
+    )
+    assert set(
+        re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)", readme)
+    ) == {address}
     assert f'repository-code: "https://github.com/{address}"' in citation
 
 
@@ -111,7 +119,10 @@ def test_a_missing_venv_module_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
-        ("WARNING: Retrying ... NewConnectionError: Failed to establish a new connection", "is there a network?"),
+        (
+            "WARNING: Retrying ... NewConnectionError: Failed to establish a new connection",
+            "is there a network?",
+        ),
         (
             "ERROR: Could not find a version that satisfies x\nERROR: No matching distribution found for x",
             "lacks a package",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sums import SHAPE, new_model
 
 from gptlite.checkpoints import load, save
-from gptlite.pruning import (
+from gptlite.pruning.masks import (
     MaskedLinear,
     bake_masks,
     gradual_pruning,
@@ -95,17 +95,23 @@ def test_masks_survive_training_saving_and_resuming(tmp_path, corpus, optimizer,
     masks = {n: m.mask.clone() for n, m in masked(whole).items()}
     train(whole, corpus, config, eval_every=0)
     train(parts, corpus, config, eval_every=0, state_path=path, stop_after=3, save_every=1)
-    again = prune_weights(new_model(7), share(0.1))  # other weights and masks, until the state is read
+    again = prune_weights(
+        new_model(7), share(0.1)
+    )  # other weights and masks, until the state is read
     train(again, corpus, config, eval_every=0, state_path=path)
     for name, layer in masked(whole).items():
-        assert torch.equal(layer.mask, masks[name]) and torch.equal(masked(again)[name].mask, masks[name])
+        assert torch.equal(layer.mask, masks[name]) and torch.equal(
+            masked(again)[name].mask, masks[name]
+        )
         assert torch.equal(layer.weight, masked(again)[name].weight)
     baked = bake_masks(whole)
     save(tmp_path / "model.safetensors", baked, corpus.tokenizer, {})
     read = load(tmp_path / "model.safetensors").model
     for name, mask in masks.items():
         weight = read.get_submodule(name).weight
-        assert torch.equal(weight != 0, mask & (weight != 0)) and int((weight == 0).sum()) >= int((~mask).sum())
+        assert torch.equal(weight != 0, mask & (weight != 0)) and int(
+            (weight == 0).sum()
+        ) >= int((~mask).sum())
         assert (weight[mask] != 0).float().mean() > 0.99
 
 
@@ -114,7 +120,9 @@ def test_what_is_masked_gets_no_gradient(corpus):
     x = corpus.val[:64].view(8, 8).long()
     next_token_loss(model, x, x).backward()
     for layer in masked(model).values():
-        assert (layer.weight.grad[~layer.mask] == 0).all() and (layer.weight.grad[layer.mask] != 0).any()
+        assert (layer.weight.grad[~layer.mask] == 0).all() and (
+            layer.weight.grad[layer.mask] != 0
+        ).any()
 
 
 def test_masking_anew_takes_more_and_keeps_what_is_gone():
@@ -130,7 +138,11 @@ def test_masking_anew_takes_more_and_keeps_what_is_gone():
 
 def test_gradually_step_by_step_and_across_an_interruption(tmp_path, corpus):
     def options(path=None):
-        return {"before_step": gradual_pruning(0.75, 6, every=2), "eval_every": 0, "state_path": path}
+        return {
+            "before_step": gradual_pruning(0.75, 6, every=2),
+            "eval_every": 0,
+            "state_path": path,
+        }
 
     whole, parts, again = (prune_weights(new_model(), share(0)) for _ in range(3))
     seen, take_away = [], gradual_pruning(0.75, 6, every=2)
@@ -142,7 +154,9 @@ def test_gradually_step_by_step_and_across_an_interruption(tmp_path, corpus):
     train(whole, corpus, QUICK, **options() | {"before_step": watched})
     shares = [1 - masks[0].float().mean().item() for masks in seen]
     numbers = seen[0][0].numel()
-    expected = [round(sparsity_at(n, 6, 0.75) * numbers) / numbers for n in (0, 0, 2, 2, 4, 4, 6, 6)]
+    expected = [
+        round(sparsity_at(n, 6, 0.75) * numbers) / numbers for n in (0, 0, 2, 2, 4, 4, 6, 6)
+    ]
     assert shares == pytest.approx(expected)
     for before, after in zip(seen[:-1], seen[1:], strict=True):  # what is gone stays away
         assert not any((b & ~a).any() for a, b in zip(before, after, strict=True))
@@ -168,7 +182,9 @@ def test_zeros_alone_save_nothing():
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan")])
 def test_a_sparsity_that_is_none(sparsity):
-    with pytest.raises(ValueError, match=re.escape(f"the sparsity is {sparsity}, but must be from 0")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"the sparsity is {sparsity}, but must be from 0")
+    ):
         magnitude_mask(torch.ones(2, 2), sparsity)
 
 
@@ -183,5 +199,8 @@ def test_shapes_that_do_not_fit():
         two_of_four_mask(torch.ones(2, 6))
     linear = nn.Linear(4, 2)
     for mask in (torch.ones(4, 2) > 0, torch.ones(2, 4)):
-        with pytest.raises(ValueError, match=r"the mask is \(\d, \d\) torch\.\w+, but must be \(2, 4\) torch.bool"):
+        with pytest.raises(
+            ValueError,
+            match=r"the mask is \(\d, \d\) torch\.\w+, but must be \(2, 4\) torch.bool",
+        ):
             MaskedLinear(linear, mask)

@@ -16,7 +16,7 @@ from gptlite.corpus import CharTokenizer
 from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, GPTConfig
-from gptlite.pruning_structure import (
+from gptlite.pruning.structure import (
     activation_importance,
     gradient_importance,
     greedy_layers,
@@ -38,7 +38,9 @@ def new_model(seed=0, **config):
 
 
 def tokens(seed=0, B=4):
-    return torch.randint(SHAPE.vocab_size, (B, 8), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        SHAPE.vocab_size, (B, 8), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def silenced(model, layers=None, heads=None, neurons=None):
@@ -63,11 +65,15 @@ def silenced(model, layers=None, heads=None, neurons=None):
 @given(st.data())
 def test_the_smaller_model_is_the_silenced_one(data):
     def some(most):
-        return data.draw(st.lists(st.integers(0, most - 1), min_size=1, max_size=most, unique=True))
+        return data.draw(
+            st.lists(st.integers(0, most - 1), min_size=1, max_size=most, unique=True)
+        )
 
     def rows(most):
         n = data.draw(st.integers(1, most))
-        return torch.tensor([data.draw(st.permutations(range(most)))[:n] for _ in range(SHAPE.n_layer)])
+        return torch.tensor(
+            [data.draw(st.permutations(range(most)))[:n] for _ in range(SHAPE.n_layer)]
+        )
 
     layers = torch.tensor(some(SHAPE.n_layer)) if data.draw(st.booleans()) else None
     heads = rows(SHAPE.n_head) if data.draw(st.booleans()) else None
@@ -96,7 +102,10 @@ def test_a_shrunk_model_decodes_saves_and_loads(tmp_path):
     small = shrink(new_model(), torch.tensor([0, 2]), numbers, torch.arange(20).repeat(3, 1))
     tokenizer = CharTokenizer("abcdefghijk")
     start = tokens(B=1)[:, :3]
-    plain, cached = (generate(small, start, 5, cache, temperature=0) for cache in (None, KVCache(small.config, 1, 8)))
+    plain, cached = (
+        generate(small, start, 5, cache, temperature=0)
+        for cache in (None, KVCache(small.config, 1, 8))
+    )
     assert torch.equal(plain, cached)
     save(tmp_path / "small.safetensors", small, tokenizer, {}, dtype=torch.float32)
     again = load(tmp_path / "small.safetensors").model
@@ -124,11 +133,21 @@ def test_parts_that_do_nothing_matter_nothing(by):
         if by == "gradient"
         else activation_importance(model, [x for x, _ in batches])
     )
-    assert found.heads.shape == (3, 4) and found.neurons.shape == (3, 64) and found.layers.shape == (3,)
-    assert found.channels.shape == (16,) and found.channels.ne(0).sum() == 15 and found.channels[3] == 0
+    assert (
+        found.heads.shape == (3, 4)
+        and found.neurons.shape == (3, 64)
+        and found.layers.shape == (3,)
+    )
+    assert (
+        found.channels.shape == (16,)
+        and found.channels.ne(0).sum() == 15
+        and found.channels[3] == 0
+    )
     assert found.heads[1, 1] == 0 and found.neurons[0, 5] == 0 and found.layers[2].abs() < 1e-6
     assert found.heads[0].min() > 0 and found.layers[:2].min() > 1e-5
-    assert not any(block._forward_hooks or block.mlp.c_proj._forward_pre_hooks for block in model.h)
+    assert not any(
+        block._forward_hooks or block.mlp.c_proj._forward_pre_hooks for block in model.h
+    )
 
 
 def test_the_gradient_is_what_a_factor_before_the_answer_does_to_the_loss():
@@ -149,7 +168,9 @@ def test_the_gradient_is_what_a_factor_before_the_answer_does_to_the_loss():
             (model.h[i].attn.c_proj.weight, slice(2 * D, 3 * D), found.heads[i, 2]),
             (model.h[i].mlp.c_proj.weight, slice(7, 8), found.neurons[i, 7]),
         ):
-            slope = (loss_with(weight, columns, 1 + h) - loss_with(weight, columns, 1 - h)) / (2 * h)
+            slope = (loss_with(weight, columns, 1 + h) - loss_with(weight, columns, 1 - h)) / (
+                2 * h
+            )
             assert mine.item() == pytest.approx(abs(slope), rel=1e-3, abs=1e-8)
 
 
@@ -179,7 +200,9 @@ class NormOfSome(nn.Module):
     def forward(self, x):
         y = torch.zeros_like(x)
         weight, bias = self.ln.weight[self.some], self.ln.bias[self.some]
-        y[..., self.some] = F.layer_norm(x[..., self.some], weight.shape, weight, bias, self.ln.eps)
+        y[..., self.some] = F.layer_norm(
+            x[..., self.some], weight.shape, weight, bias, self.ln.eps
+        )
         return y
 
 
@@ -192,7 +215,11 @@ def test_channels_that_go_are_as_if_nobody_read_them(order, n):
         block.ln_1, block.ln_2 = NormOfSome(block.ln_1, some), NormOfSome(block.ln_2, some)
     wanted.ln_f = NormOfSome(wanted.ln_f, some)
     torch.testing.assert_close(small(idx), wanted(idx), atol=1e-4, rtol=1e-4)
-    assert small.config.n_embd == n and small.config.head_dim == 4 and small.lm_head.weight is small.wte.weight
+    assert (
+        small.config.n_embd == n
+        and small.config.head_dim == 4
+        and small.lm_head.weight is small.wte.weight
+    )
 
 
 def test_layers_go_one_after_another():
@@ -205,7 +232,13 @@ def test_layers_go_one_after_another():
         return cost[asked[-1]]
 
     assert greedy_layers(model, 1, loss).tolist() == [2]
-    assert sorted(asked) == [(0,), (0, 1), (0, 2), (1, 2), (2,)]  # without 1 at first: (1,) is not asked about
+    assert sorted(asked) == [
+        (0,),
+        (0, 1),
+        (0, 2),
+        (1, 2),
+        (2,),
+    ]  # without 1 at first: (1,) is not asked about
     assert greedy_layers(model, 3, loss).tolist() == [0, 1, 2]
     for n in (0, 4):
         with pytest.raises(ValueError, match=f"{n} parts are to stay, but there are 3"):
@@ -228,7 +261,13 @@ def test_the_most_important_in_order():
 # Scaling
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.floats(0.01, 1), st.sampled_from([None, 1, 2, 3]))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.floats(0.01, 1),
+    st.sampled_from([None, 1, 2, 3]),
+)
 def test_scaling_keeps_every_divisibility_and_the_context(L, H, D, scale, kv):
     config = GPTConfig(L, H, H * D, 64, 11, n_kv_head=kv if kv and H % kv == 0 else None)
     kv = config.n_kv_head
@@ -251,7 +290,10 @@ def test_the_steps_to_one_half_become_smaller_each_time():
     assert widths == sorted(set(widths), reverse=True) and widths[-1] == 192
     assert all(shape.block_size == 256 for shape in shapes)
     pruned = replace(SHAPE, head_size=8, n_hidden=20)
-    assert scaled_config(pruned, 0.5).n_hidden == 10 and scaled_config(pruned, 0.5).head_size is None
+    assert (
+        scaled_config(pruned, 0.5).n_hidden == 10
+        and scaled_config(pruned, 0.5).head_size is None
+    )
 
 
 @pytest.mark.parametrize("scale", [0, -1, 1.5, 0.01])
@@ -265,12 +307,18 @@ def test_parts_that_are_not_there():
     for layers in ([3], [-1], [0, 0], []):
         with pytest.raises(ValueError, match="layers"):
             shrink(model, torch.tensor(layers, dtype=torch.long))
-    for heads in (torch.tensor([[0], [1]]), torch.tensor([[0], [1], [4]]), torch.tensor([[1, 1]] * 3)):
+    for heads in (
+        torch.tensor([[0], [1]]),
+        torch.tensor([[0], [1], [4]]),
+        torch.tensor([[1, 1]] * 3),
+    ):
         with pytest.raises(ValueError, match="heads"):
             shrink(model, heads=heads)
     with pytest.raises(ValueError, match=r"neurons must be different numbers from 0 to 63"):
         shrink(model, neurons=torch.tensor([[64]] * 3))
     with pytest.raises(ValueError, match=r"channels must be different numbers from 0 to 15"):
         shrink(model, channels=torch.tensor([3, 3]))
-    with pytest.raises(ValueError, match="heads that share 2 KV heads cannot be taken out one by one"):
+    with pytest.raises(
+        ValueError, match="heads that share 2 KV heads cannot be taken out one by one"
+    ):
         shrink(new_model(n_kv_head=2), heads=torch.tensor([[0]] * 3))

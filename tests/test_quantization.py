@@ -16,10 +16,15 @@ from gptlite.corpus import CharTokenizer, sample_batch
 from gptlite.generate import generate, stream_text
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, GPTConfig
-from gptlite.quantization import input_gram, load_quantized, quantize_model, save_quantized
-from gptlite.quantization_fits import awq, gptq, relative_error
-from gptlite.quantization_grids import INT4, INT8, Grid, round_to_nearest
-from gptlite.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from gptlite.quantization.fits import awq, gptq, relative_error
+from gptlite.quantization.grids import INT4, INT8, Grid, round_to_nearest
+from gptlite.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from gptlite.quantization.model import (
+    input_gram,
+    load_quantized,
+    quantize_model,
+    save_quantized,
+)
 from gptlite.train import evaluate
 
 LETTERS, INFO = CharTokenizer(), {"name": "tiny", "val_loss": 1.25}
@@ -66,7 +71,9 @@ def test_every_linear_is_swapped_and_the_embedding_shares_the_head(make, grid):
     assert not linears(model) and isinstance(model.wte, QuantizedEmbedding)
     assert set(made) == {r.name for r in reports} == set(before) and len(reports) == 2 * 4 + 1
     for name, linear in before.items():
-        assert torch.equal(made[name].weight, round_to_nearest(linear.weight.detach(), grid).dequantize())
+        assert torch.equal(
+            made[name].weight, round_to_nearest(linear.weight.detach(), grid).dequantize()
+        )
         assert (made[name].bias is None) == (linear.bias is None)
         assert linear.bias is None or torch.equal(made[name].bias, linear.bias)
     assert torch.equal(model.wte(torch.arange(65)), model.lm_head.weight)
@@ -84,7 +91,9 @@ def test_reports_say_what_the_tensors_are(make, grid, dtype):
         assert report.before == sum(p.nbytes for p in linear.parameters())
         assert report.after == made.nbytes == sum(t.nbytes for t in made.state_dict().values())
         assert report.after < report.before
-        assert report.error == pytest.approx(relative_error(linear.weight.float(), made.weight), rel=1e-5)
+        assert report.error == pytest.approx(
+            relative_error(linear.weight.float(), made.weight), rel=1e-5
+        )
 
 
 def test_bytes_by_hand(make):
@@ -113,21 +122,29 @@ def test_a_copy_that_is_quantized_leaves_the_original_alone(make):
 def test_fewer_bits_say_something_more_different(make):
     model, idx = make(), prompt(2, 20)
     exact = model(idx)
-    off = [(quantized(model, grid)(idx) - exact).norm() / exact.norm() for grid in (INT8, INT4, Grid(2, 64))]
+    off = [
+        (quantized(model, grid)(idx) - exact).norm() / exact.norm()
+        for grid in (INT8, INT4, Grid(2, 64))
+    ]
     assert 1e-4 < off[0] < 0.3 * off[1] and off[1] < 0.5 * off[2]
 
 
 def test_quantizing_twice_is_refused(make):
     model = quantized(make())
     before = model.state_dict()
-    with pytest.raises(ValueError, match=r"^the model is quantized already; begin with a copy of the original\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the model is quantized already; begin with a copy of the original\.$",
+    ):
         quantize_model(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_rows_that_groups_do_not_divide_are_refused(make):
     model = make(n_embd=32)
-    with pytest.raises(ValueError, match=r"rows of 32 weights cannot be cut into groups of 64\."):
+    with pytest.raises(
+        ValueError, match=r"rows of 32 weights cannot be cut into groups of 64\."
+    ):
         quantize_model(model, INT4)
     assert len(linears(model)) == 9
 
@@ -160,7 +177,9 @@ def test_each_layer_is_fitted_to_what_it_gets_from_those_already_quantized(make)
     reports = quantize_model(model, INT4, fit, idx)
     expected = {}
     hooks = [
-        m.register_forward_pre_hook(lambda m, args, name=name: expected.update({name: args[0].flatten(0, -2)}))
+        m.register_forward_pre_hook(
+            lambda m, args, name=name: expected.update({name: args[0].flatten(0, -2)})
+        )
         for name, m in linears(model, QuantizedLinear).items()
     ]
     x = original.wte(idx) + original.wpe(torch.arange(30))  # the embedding is swapped last
@@ -182,7 +201,11 @@ def test_each_layer_is_fitted_to_what_it_gets_from_those_already_quantized(make)
 @torch.no_grad()
 def test_without_calibration_there_is_no_gram_matrix(make):
     grams = []
-    quantize_model(make(), INT4, lambda weight, grid, gram: grams.append(gram) or round_to_nearest(weight, grid))
+    quantize_model(
+        make(),
+        INT4,
+        lambda weight, grid, gram: grams.append(gram) or round_to_nearest(weight, grid),
+    )
     assert grams == [None] * 9
 
 
@@ -218,7 +241,9 @@ def test_gptq_and_awq_put_out_what_is_nearer(teacher, plays):
 @torch.no_grad()
 def test_the_teacher_loses_little(teacher, plays, grid, most):
     held_out = plays.val[: 8 * 256 + 1]
-    exact, found = (evaluate(model, held_out, 256, 4) for model in (teacher, quantized(teacher, grid)))
+    exact, found = (
+        evaluate(model, held_out, 256, 4) for model in (teacher, quantized(teacher, grid))
+    )
     assert exact < 1.6
     assert abs(found - exact) < most
 
@@ -227,7 +252,9 @@ def test_the_teacher_loses_little(teacher, plays, grid, most):
 def test_greedy_text_is_the_same_with_a_cache(make, grid):
     model, idx = quantized(make(), grid), prompt(2, 5)
     without = generate(model, idx, 20, temperature=0)
-    assert torch.equal(generate(model, idx, 20, KVCache(model.config, 2), temperature=0), without)
+    assert torch.equal(
+        generate(model, idx, 20, KVCache(model.config, 2), temperature=0), without
+    )
     assert len(without.unique()) > 3
 
 
@@ -235,13 +262,19 @@ def test_the_teacher_writes_the_same_with_a_cache_and_in_eight_bits(teacher):
     idx, model = LETTERS.encode("\nHAMLET:\n")[None], quantized(teacher, INT8)
     without = generate(model, idx, 16, temperature=0)
     assert torch.equal(generate(model, idx, 16, KVCache(model.config), temperature=0), without)
-    assert torch.equal(generate(teacher, idx, 16, KVCache(model.config), temperature=0), without)
+    assert torch.equal(
+        generate(teacher, idx, 16, KVCache(model.config), temperature=0), without
+    )
 
 
 def test_a_quantized_model_writes_text(make):
     model = quantized(make())
-    text = "".join(stream_text(model, LETTERS, "To be", 6, KVCache(model.config), temperature=0))
-    assert text == LETTERS.decode(generate(model, LETTERS.encode("To be")[None], 6, temperature=0)[0, 5:])
+    text = "".join(
+        stream_text(model, LETTERS, "To be", 6, KVCache(model.config), temperature=0)
+    )
+    assert text == LETTERS.decode(
+        generate(model, LETTERS.encode("To be")[None], 6, temperature=0)[0, 5:]
+    )
 
 
 @pytest.mark.parametrize("grid", [INT8, INT4, Grid(4, 32, symmetric=False)])
@@ -283,7 +316,9 @@ def save(path, model):
 @torch.no_grad()
 def test_a_model_comes_back_bit_for_bit(make, tmp_path_factory, grid, fit, dtype, n_kv_head):
     idx, path = prompt(2, 20), tmp_path_factory.mktemp("file") / "deep" / "model.safetensors"
-    model = quantized(make(n_kv_head=n_kv_head), grid, fit, None if fit is round_to_nearest else idx).to(dtype)
+    model = quantized(
+        make(n_kv_head=n_kv_head), grid, fit, None if fit is round_to_nearest else idx
+    ).to(dtype)
     back = load_quantized(str(save(path, model)))
     assert back.info == INFO and back.tokenizer.characters == LETTERS.characters
     assert back.model.config == model.config and not back.model.training
@@ -354,13 +389,20 @@ def test_a_file_without_a_part_is_refused(whole, tmp_path, part):
 
 @pytest.mark.parametrize("name", [f"{FC}.bias", "ln_f.bias", "wpe.weight", "ln_f.weight"])
 def test_a_file_without_the_rest_is_refused(whole, tmp_path, name):
-    message = refused(tmp_path / "m", {n: t for n, t in whole.tensors.items() if n != name}, whole.info)
+    message = refused(
+        tmp_path / "m", {n: t for n, t in whole.tensors.items() if n != name}, whole.info
+    )
     shape = tuple(whole.tensors[name].shape)
-    assert message == f"{tmp_path / 'm'} is of another architecture: {name} is None, but the model's is {shape}."
+    assert (
+        message
+        == f"{tmp_path / 'm'} is of another architecture: {name} is None, but the model's is {shape}."
+    )
 
 
 def test_a_file_with_a_tensor_more_is_refused(whole, tmp_path):
-    message = refused(tmp_path / "m", whole.tensors | {"wte.weight": torch.zeros(2)}, whole.info)
+    message = refused(
+        tmp_path / "m", whole.tensors | {"wte.weight": torch.zeros(2)}, whole.info
+    )
     assert "wte.weight is (2,), but the model's is None" in message
 
 
@@ -386,7 +428,10 @@ def test_a_file_with_a_tensor_more_is_refused(whole, tmp_path):
 def test_a_file_with_a_part_of_another_shape_or_format_is_refused(whole, tmp_path, part, wrong):
     """When it is read, and not when the model first runs."""
     message = refused(tmp_path / "m", whole.tensors | {f"{FC}.{part}": wrong}, whole.info)
-    assert str(tuple(wrong.shape)) in message or str(wrong.dtype).removeprefix("torch.") in message.lower()
+    assert (
+        str(tuple(wrong.shape)) in message
+        or str(wrong.dtype).removeprefix("torch.") in message.lower()
+    )
 
 
 def test_a_part_that_is_refused_is_named(whole, tmp_path):
@@ -396,17 +441,29 @@ def test_a_part_that_is_refused_is_named(whole, tmp_path):
 
 def test_a_file_of_another_model_is_refused(whole, tmp_path):
     config = whole.info["config"]
-    for other in ({"n_embd": 128}, {"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 130}, {"block_size": 16}):
+    for other in (
+        {"n_embd": 128},
+        {"n_layer": 3},
+        {"n_layer": 1},
+        {"vocab_size": 130},
+        {"block_size": 16},
+    ):
         refused(tmp_path / "m", whole.tensors, whole.info | {"config": config | other})
     for other in ({"n_head": 0}, {"n_heads": 2}):
-        message = refused(tmp_path / "m", whole.tensors, whole.info | {"config": config | other})
+        message = refused(
+            tmp_path / "m", whole.tensors, whole.info | {"config": config | other}
+        )
         assert "does not describe a GPT" in message
 
 
 def test_files_that_are_no_quantized_models_are_refused(make, whole, tmp_path):
-    assert "does not describe a GPT" in refused(tmp_path / "m", whole.tensors, {"name": "foreign"})
+    assert "does not describe a GPT" in refused(
+        tmp_path / "m", whole.tensors, {"name": "foreign"}
+    )
     checkpoints.save(tmp_path / "float", make(), LETTERS, INFO)
-    message = f"{tmp_path / 'float'} is not a whole quantized model: it has no h.0.attn.c_attn.codes."
+    message = (
+        f"{tmp_path / 'float'} is not a whole quantized model: it has no h.0.attn.c_attn.codes."
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         load_quantized(tmp_path / "float")
     save(tmp_path / "quantized", quantized(make()))
@@ -435,4 +492,6 @@ def test_a_model_that_is_not_quantized_is_not_saved(make, tmp_path):
 def test_a_model_fitted_as_it_is_initialised_comes_back(tmp_path):
     model = GPT(GPTConfig(2, 2, 64, 32, 65)).eval()
     quantize_model(model, INT4, gptq, prompt(4, 32))
-    assert torch.equal(load_quantized(save(tmp_path / "m", model)).model(prompt(1, 32)), model(prompt(1, 32)))
+    assert torch.equal(
+        load_quantized(save(tmp_path / "m", model)).model(prompt(1, 32)), model(prompt(1, 32))
+    )

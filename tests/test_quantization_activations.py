@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptlite.quantization_activations import RoundedInputLinear, input_peaks
-from gptlite.quantization_fits import smooth
-from gptlite.quantization_grids import INT8, round_to_nearest
+from gptlite.quantization.activations import RoundedInputLinear, input_peaks
+from gptlite.quantization.fits import smooth
+from gptlite.quantization.grids import INT8, round_to_nearest
 
 
 def random(*shape, seed=0):
@@ -47,7 +47,9 @@ def test_each_token_has_a_scale_of_its_own():
     layer, x = RoundedInputLinear(linear), random(3, 32)
     x[1] *= 1e4
     assert (off_by(layer, linear, x) <= 1.01).all()
-    torch.testing.assert_close(layer(x), torch.stack([layer(row) for row in x]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        layer(x), torch.stack([layer(row) for row in x]), atol=1e-5, rtol=1e-5
+    )
     assert torch.equal(layer(torch.zeros(2, 32)), linear.bias.expand(2, 8))
 
 
@@ -64,15 +66,21 @@ def test_a_fixed_scale_is_that_of_the_largest_peak():
     layer = RoundedInputLinear(linear, x.abs().amax(0))
     step = x.abs().max() / 127
     rounded = (x / step).round() * step
-    torch.testing.assert_close(layer(x), F.linear(rounded, layer.weight, linear.bias), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(layer(x / 1000), linear.bias.expand(5, 8), atol=1e-6, rtol=0)  # all rounded to zero
+    torch.testing.assert_close(
+        layer(x), F.linear(rounded, layer.weight, linear.bias), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        layer(x / 1000), linear.bias.expand(5, 8), atol=1e-6, rtol=0
+    )  # all rounded to zero
 
 
 def test_a_fixed_scale_clips_what_lies_beyond():
     linear = make()
     layer = RoundedInputLinear(linear, torch.full((32,), 2.0))
     x = torch.full((1, 32), 2.0)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, linear.bias), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        layer(x), F.linear(x, layer.weight, linear.bias), atol=1e-5, rtol=1e-5
+    )
     assert torch.equal(layer(50 * x), layer(x))
     assert torch.equal(layer(-50 * x), layer(-x))
     assert not torch.allclose(RoundedInputLinear(linear)(50 * x), layer(x))
@@ -101,7 +109,9 @@ def test_smoothing_helps_where_one_channel_is_an_outlier():
 def test_a_fixed_scale_is_worse_than_one_for_each_token_where_tokens_differ():
     linear, x = make(128, 32), random(50, 128) * torch.logspace(-2, 1, 50)[:, None]
     exact = linear(x)
-    static, dynamic = (RoundedInputLinear(linear, peaks)(x) for peaks in (x.abs().amax(0), None))
+    static, dynamic = (
+        RoundedInputLinear(linear, peaks)(x) for peaks in (x.abs().amax(0), None)
+    )
     worst = [((y - exact).norm(dim=-1) / exact.norm(dim=-1)).max() for y in (static, dynamic)]
     assert worst[0] > 10 * worst[1]
 
@@ -115,7 +125,10 @@ def test_inputs_that_were_always_zero_stay_zero():
 
 
 def test_smoothing_without_peaks_and_with_other_powers_is_refused():
-    with pytest.raises(ValueError, match=r"smoothing has to know the peaks of the input's channels; give them, too\."):
+    with pytest.raises(
+        ValueError,
+        match=r"smoothing has to know the peaks of the input's channels; give them, too\.",
+    ):
         RoundedInputLinear(make(), power=0.5)
     with pytest.raises(ValueError, match=r"power is 2, but must be from 0 to 1\."):
         RoundedInputLinear(make(), torch.ones(32), power=2)

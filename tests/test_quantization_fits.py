@@ -8,8 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptlite.quantization_fits import awq, gptq, relative_error, smooth
-from gptlite.quantization_grids import INT4, Grid, fit_grid, from_codes, round_to_nearest, to_codes
+from gptlite.quantization.fits import awq, gptq, relative_error, smooth
+from gptlite.quantization.grids import (
+    INT4,
+    Grid,
+    fit_grid,
+    from_codes,
+    round_to_nearest,
+    to_codes,
+)
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 GRIDS = st.builds(Grid, st.integers(2, 5), st.sampled_from([None, 4, 8]), st.booleans())
@@ -21,7 +28,9 @@ def random(*shape, seed=0):
 
 def inputs(n, K, seed=0, together=1.0):
     """Inputs X (n, K) whose channels have much in common."""
-    return random(n, K, seed=seed) + together * random(n, 1, seed=seed + 1000) * (1 + random(K, seed=seed + 2000).abs())
+    return random(n, K, seed=seed) + together * random(n, 1, seed=seed + 1000) * (
+        1 + random(K, seed=seed + 2000).abs()
+    )
 
 
 def gram_of(X):
@@ -43,7 +52,9 @@ def test_the_error_of_an_output_is_known_from_the_gram_matrix(N, K, seed):
     other = weight + 0.1 * random(N, K, seed=seed + 2)
     direct = ((X @ (other - weight).T).norm() / (X @ weight.T).norm()).item()
     assert relative_error(weight, other, gram_of(X)) == pytest.approx(direct, rel=1e-3)
-    assert relative_error(weight, other) == pytest.approx(((other - weight).norm() / weight.norm()).item(), rel=1e-4)
+    assert relative_error(weight, other) == pytest.approx(
+        ((other - weight).norm() / weight.norm()).item(), rel=1e-4
+    )
     assert relative_error(weight, weight, gram_of(X)) == 0
     assert relative_error(weight, 2 * weight) == pytest.approx(1)
 
@@ -64,7 +75,9 @@ def test_columns_whose_input_is_zero_do_not_count():
 def test_gptq_lies_between_the_best_of_all_codes_and_rounding(symmetric):
     """Of 4^4 codes a row, on the same grid, for 20 layers of correlated inputs."""
     grid, N, K = Grid(2, None, symmetric), 6, 4
-    combinations = torch.tensor(list(itertools.product(range(-2, 2), repeat=K)), dtype=torch.int8)  # (256, K)
+    combinations = torch.tensor(
+        list(itertools.product(range(-2, 2), repeat=K)), dtype=torch.int8
+    )  # (256, K)
     sums = {"best": 0.0, "gptq": 0.0, "nearest": 0.0}
     for seed in range(20):
         weight, gram = random(N, K, seed=seed), gram_of(inputs(40, K, seed))
@@ -93,17 +106,33 @@ def test_each_code_is_the_nearest_to_what_is_best_given_those_before(grid, N, se
     K = 8
     weight, gram = random(N, K, seed=seed), gram_of(inputs(50, K, seed))
     found = gptq(weight, grid, gram, damp=1e-9)
-    q, H, w, group = found.dequantize().double(), gram.double(), weight.double(), grid.group or K
+    q, H, w, group = (
+        found.dequantize().double(),
+        gram.double(),
+        weight.double(),
+        grid.group or K,
+    )
     for k in range(K):
         rest = w[:, k:] + (w[:, :k] - q[:, :k]) @ H[:k, k:] @ torch.linalg.inv(H[k:, k:])
         own = slice(k // group, k // group + 1)
         if k % group == 0:  # the grid is fitted to what has become of the group
-            scale, middle = fit_grid(rest[:, :group].float(), Grid(grid.bits, None, grid.symmetric))
-            torch.testing.assert_close(found.scale[:, own].float(), scale.float(), rtol=2**-7, atol=0)
+            scale, middle = fit_grid(
+                rest[:, :group].float(), Grid(grid.bits, None, grid.symmetric)
+            )
+            torch.testing.assert_close(
+                found.scale[:, own].float(), scale.float(), rtol=2**-7, atol=0
+            )
             if middle is not None:
-                least = 2**-7 * (rest.abs().max().item() + 2**grid.bits * scale.float().max().item())
-                torch.testing.assert_close(found.middle[:, own].float(), middle.float(), rtol=2**-7, atol=least)
-        scale, middle = found.scale[:, own], None if found.middle is None else found.middle[:, own]
+                least = 2**-7 * (
+                    rest.abs().max().item() + 2**grid.bits * scale.float().max().item()
+                )
+                torch.testing.assert_close(
+                    found.middle[:, own].float(), middle.float(), rtol=2**-7, atol=least
+                )
+        scale, middle = (
+            found.scale[:, own],
+            None if found.middle is None else found.middle[:, own],
+        )
         code = to_codes(rest[:, :1].float(), scale, middle, grid)
         at = rest[:, :1] if middle is None else rest[:, :1] - middle.double()
         halfway = ((at / scale.double()) % 1 - 0.5).abs() < 1e-3
@@ -112,8 +141,14 @@ def test_each_code_is_the_nearest_to_what_is_best_given_those_before(grid, N, se
 
 def test_what_is_best_given_some_is_least():
     """That the closed form of the test above is the least of all: by steps in every direction."""
-    H, w, q = gram_of(inputs(50, 6)).double(), random(1, 6).double(), random(1, 2, seed=1).double()
-    best = torch.cat([q, w[:, 2:] + (w[:, :2] - q) @ H[:2, 2:] @ torch.linalg.inv(H[2:, 2:])], 1)
+    H, w, q = (
+        gram_of(inputs(50, 6)).double(),
+        random(1, 6).double(),
+        random(1, 2, seed=1).double(),
+    )
+    best = torch.cat(
+        [q, w[:, 2:] + (w[:, :2] - q) @ H[:2, 2:] @ torch.linalg.inv(H[2:, 2:])], 1
+    )
     for k in range(2, 6):
         for step in (-0.01, 0.01):
             other = best.clone()
@@ -132,7 +167,9 @@ def test_where_inputs_have_nothing_in_common_it_is_rounding(grid, N, seed, damp)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("K", "group"), [(192, None), (150, None), (192, 64), (192, 32), (192, 96), (100, 4)])
+@pytest.mark.parametrize(
+    ("K", "group"), [(192, None), (150, None), (192, 64), (192, 32), (192, 96), (100, 4)]
+)
 def test_it_beats_rounding_on_every_grid(K, group, symmetric):
     """Also where errors are handed on block by block: without groups after 64 columns."""
     grid, weight, gram = Grid(3, group, symmetric), random(24, K), gram_of(inputs(2 * K, K))
@@ -148,10 +185,12 @@ def test_the_blocks_of_columns_change_nothing(monkeypatch):
     weight, gram = random(8, 96), gram_of(inputs(200, 96))
     codes = []
     for columns in (1, 7, 64, 1000):
-        monkeypatch.setattr("gptlite.quantization_fits.COLUMNS", columns)
+        monkeypatch.setattr("gptlite.quantization.fits.COLUMNS", columns)
         codes.append(gptq(weight, Grid(4, None), gram).codes)
     for other in codes[1:]:
-        assert (codes[0] == other).float().mean() > 0.99  # a sum's order may decide about a half
+        assert (
+            codes[0] == other
+        ).float().mean() > 0.99  # a sum's order may decide about a half
 
 
 def test_it_leaves_weight_and_gram_alone():
@@ -169,33 +208,48 @@ def test_damping_takes_inputs_of_too_few_rows_and_dead_channels():
     found = gptq(weight, Grid(3, None), gram)
     assert found.dequantize().isfinite().all()
     nearest = round_to_nearest(weight, Grid(3, None)).dequantize()
-    assert relative_error(weight, found.dequantize(), gram) < 0.5 * relative_error(weight, nearest, gram)
-    assert torch.equal(gptq(weight, INT4, torch.zeros(64, 64)).codes, round_to_nearest(weight, INT4).codes)
+    assert relative_error(weight, found.dequantize(), gram) < 0.5 * relative_error(
+        weight, nearest, gram
+    )
+    assert torch.equal(
+        gptq(weight, INT4, torch.zeros(64, 64)).codes, round_to_nearest(weight, INT4).codes
+    )
 
 
 def test_more_damping_is_nearer_to_rounding():
     weight, gram, grid = random(8, 64), gram_of(inputs(200, 64)), Grid(4, None)
     nearest = round_to_nearest(weight, grid).codes
-    moved = [(gptq(weight, grid, gram, damp).codes != nearest).sum().item() for damp in (1e-6, 1.0, 1e6)]
+    moved = [
+        (gptq(weight, grid, gram, damp).codes != nearest).sum().item()
+        for damp in (1e-6, 1.0, 1e6)
+    ]
     assert moved[0] > moved[1] > moved[2] == 0
 
 
 def test_gptq_without_a_gram_matrix_that_fits_is_refused():
-    with pytest.raises(ValueError, match=re.escape("the gram matrix is None, but must be (8, 8).")):
+    with pytest.raises(
+        ValueError, match=re.escape("the gram matrix is None, but must be (8, 8).")
+    ):
         gptq(random(2, 8), Grid(4, None), None)
     for shape in ((7, 7), (8, 7), (8,)):
-        with pytest.raises(ValueError, match=re.escape(f"the gram matrix is {shape}, but must be (8, 8).")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"the gram matrix is {shape}, but must be (8, 8).")
+        ):
             gptq(random(2, 8), Grid(4, None), torch.ones(shape))
 
 
 def test_groups_that_do_not_divide_and_weights_that_are_no_numbers_are_refused():
-    with pytest.raises(ValueError, match=r"rows of 100 weights cannot be cut into groups of 64\."):
+    with pytest.raises(
+        ValueError, match=r"rows of 100 weights cannot be cut into groups of 64\."
+    ):
         gptq(random(2, 100), INT4, torch.eye(100))
     weight = random(2, 64)
     weight[0, 3] = torch.nan
     for fit in (gptq, awq):
         for grid in (INT4, Grid(4, None)):
-            with pytest.raises(ValueError, match=r"the weight has \d+ numbers that are infinite or NaN"):
+            with pytest.raises(
+                ValueError, match=r"the weight has \d+ numbers that are infinite or NaN"
+            ):
                 fit(weight, grid, torch.eye(64))
 
 
@@ -214,7 +268,10 @@ def test_awq_is_never_worse_than_rounding(grid, N, seed, spread):
     """Power 0, among its tries, is rounding to nearest."""
     X = inputs(40, 16, seed) * (spread * random(16, seed=seed + 5)).exp()
     weight, gram = random(N, 16, seed=seed + 6), gram_of(X)
-    errors = [relative_error(weight, fit(weight, grid, gram).dequantize(), gram) for fit in (awq, round_to_nearest)]
+    errors = [
+        relative_error(weight, fit(weight, grid, gram).dequantize(), gram)
+        for fit in (awq, round_to_nearest)
+    ]
     assert errors[0] <= errors[1]
     only = awq(weight, grid, gram, tries=1)
     assert torch.equal(only.dequantize(), round_to_nearest(weight, grid).dequantize())
@@ -250,17 +307,25 @@ def test_awq_takes_channels_that_are_never_used():
 
 def test_awq_without_a_gram_matrix_that_fits_is_refused():
     with pytest.raises(
-        ValueError, match=r"awq looks at the layer's inputs; give quantize_model tokens for calibration\."
+        ValueError,
+        match=r"awq looks at the layer's inputs; give quantize_model tokens for calibration\.",
     ):
         awq(random(2, 64), INT4, None)
-    with pytest.raises(ValueError, match=re.escape("the gram matrix is (63, 63), but must be (64, 64).")):
+    with pytest.raises(
+        ValueError, match=re.escape("the gram matrix is (63, 63), but must be (64, 64).")
+    ):
         awq(random(2, 64), INT4, torch.eye(63))
 
 
 # SmoothQuant
 
 
-@given(st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
+@given(
+    st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
 def test_smoothing_changes_no_product(power, N, K, seed):
     x, weight = inputs(10, K, seed), random(N, K, seed=seed + 1)
     s = smooth([weight], x.abs().amax(0), power)
@@ -281,7 +346,9 @@ def test_the_power_is_how_much_the_weights_take_over():
     x, weight = inputs(10, 16), random(4, 16, seed=1)
     most = x.abs().amax(0)
     torch.testing.assert_close((x / smooth([weight], most, 1.0)).abs().amax(0), torch.ones(16))
-    torch.testing.assert_close((weight * smooth([weight], most, 0.0)).abs().amax(0), torch.ones(16))
+    torch.testing.assert_close(
+        (weight * smooth([weight], most, 0.0)).abs().amax(0), torch.ones(16)
+    )
 
 
 def test_channels_of_zeros_get_a_number_all_the_same():
@@ -293,5 +360,7 @@ def test_channels_of_zeros_get_a_number_all_the_same():
 
 @pytest.mark.parametrize("power", [-0.1, 1.1, float("nan"), float("inf")])
 def test_powers_that_are_no_share_are_refused(power):
-    with pytest.raises(ValueError, match=re.escape(f"power is {power}, but must be from 0 to 1.")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"power is {power}, but must be from 0 to 1.")
+    ):
         smooth([random(2, 8)], torch.ones(8), power)

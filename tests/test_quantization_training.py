@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptlite.quantization_grids import INT4, INT8, Grid, round_to_nearest
-from gptlite.quantization_training import LoRALinear, NF4Linear, QATLinear, nf4_levels, qlora
+from gptlite.quantization.grids import INT4, INT8, Grid, round_to_nearest
+from gptlite.quantization.training import LoRALinear, NF4Linear, QATLinear, nf4_levels, qlora
 from gptlite.train import next_token_loss
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-5}
@@ -54,12 +54,16 @@ def learn(model, steps=30, lr=0.01):
 
 
 @given(
-    st.builds(Grid, st.integers(2, 8), st.sampled_from([None, 8, 64]), st.booleans()), st.booleans(), st.integers(0, 9)
+    st.builds(Grid, st.integers(2, 8), st.sampled_from([None, 8, 64]), st.booleans()),
+    st.booleans(),
+    st.integers(0, 9),
 )
 def test_it_computes_with_the_nearest_points_of_the_grid(grid, bias, seed):
     linear, x = make(bias=bias), random(2, 3, 64, seed=seed)
     nearest = round_to_nearest(linear.weight.detach(), grid).dequantize()
-    torch.testing.assert_close(QATLinear(linear, grid)(x), F.linear(x, nearest, linear.bias), **CLOSE)
+    torch.testing.assert_close(
+        QATLinear(linear, grid)(x), F.linear(x, nearest, linear.bias), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("grid", [INT8, INT4, Grid(2, 64), Grid(3, None, symmetric=False)])
@@ -68,7 +72,10 @@ def test_it_learns_as_a_linear_that_has_the_rounded_weight(grid):
     twin = copy.deepcopy(linear)
     twin.weight.data = round_to_nearest(linear.weight.detach(), grid).dequantize()
     grads = []
-    for layer, own in ((QATLinear(linear, grid), x.clone().requires_grad_()), (twin, x.clone().requires_grad_())):
+    for layer, own in (
+        (QATLinear(linear, grid), x.clone().requires_grad_()),
+        (twin, x.clone().requires_grad_()),
+    ):
         (layer(own).tanh() - wanted).square().sum().backward()
         grads.append((layer.weight.grad, layer.bias.grad, own.grad))
     for mine, theirs in zip(*grads, strict=True):
@@ -98,7 +105,9 @@ def test_a_model_trains_through_rounding_under_the_names_that_it_had(make_model)
     model.load_state_dict(twin.state_dict())  # and is a plain one again
     for linear in [m for m in model.modules() if isinstance(m, nn.Linear)]:
         linear.weight.data = round_to_nearest(linear.weight.detach(), Grid(3, 8)).dequantize()
-    model.wte.weight = nn.Parameter(twin.wte.weight.detach().clone())  # which is not rounded where it is looked up
+    model.wte.weight = nn.Parameter(
+        twin.wte.weight.detach().clone()
+    )  # which is not rounded where it is looked up
     with torch.no_grad():
         torch.testing.assert_close(model(batch()[0]), twin(batch()[0]), atol=1e-3, rtol=1e-3)
 
@@ -159,7 +168,10 @@ def test_on_normal_weights_it_is_nearer_than_whole_numbers():
     linear.weight.data = random(256, 64)
     errors = [
         (weight - linear.weight.detach()).square().mean()
-        for weight in (NF4Linear(linear).weight, round_to_nearest(linear.weight.detach(), INT4).dequantize())
+        for weight in (
+            NF4Linear(linear).weight,
+            round_to_nearest(linear.weight.detach(), INT4).dequantize(),
+        )
     ]
     assert errors[0] < 0.9 * errors[1]
 
@@ -198,7 +210,9 @@ def test_weights_that_are_no_numbers_have_no_level():
     for poison in (torch.nan, torch.inf):
         linear = make()
         linear.weight.data[1, :2] = poison
-        with pytest.raises(ValueError, match="the weight has 2 numbers that are infinite or NaN"):
+        with pytest.raises(
+            ValueError, match="the weight has 2 numbers that are infinite or NaN"
+        ):
             NF4Linear(linear)
 
 
@@ -218,7 +232,9 @@ def test_an_adapter_adds_a_product_of_low_rank():
     base, x = make(), random(3, 64)
     layer = LoRALinear(base, (8, 64), rank=2, alpha=6.0)
     layer.B.data = random(8, 2, seed=1)
-    torch.testing.assert_close(layer(x), base(x) + 3 * x @ (layer.B @ layer.A).T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        layer(x), base(x) + 3 * x @ (layer.B @ layer.A).T, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_adapter_alone_learns():
@@ -234,7 +250,9 @@ def test_the_adapter_alone_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    changed = {name for name, t in layer.state_dict().items() if not torch.equal(t, before[name])}
+    changed = {
+        name for name, t in layer.state_dict().items() if not torch.equal(t, before[name])
+    }
     assert changed == {"A", "B"}
 
 
@@ -260,8 +278,12 @@ def test_qlora_freezes_all_but_its_adapters(make_model):
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(learning) == 2 * 4 * 2 and all(name.endswith((".A", ".B")) for name in learning)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert numbers == 2 * 2 * sum(sum(m.weight.shape) for m in original.h[0].modules() if isinstance(m, nn.Linear))
-    assert model.lm_head.weight is model.wte.weight and torch.equal(model.lm_head.weight, original.lm_head.weight)
+    assert numbers == 2 * 2 * sum(
+        sum(m.weight.shape) for m in original.h[0].modules() if isinstance(m, nn.Linear)
+    )
+    assert model.lm_head.weight is model.wte.weight and torch.equal(
+        model.lm_head.weight, original.lm_head.weight
+    )
 
 
 def test_qlora_begins_as_the_model_in_nf4_and_learns(make_model):
@@ -276,7 +298,9 @@ def test_qlora_begins_as_the_model_in_nf4_and_learns(make_model):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     first, last = learn(model)
     assert last < 0.7 * first
-    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    changed = {
+        name for name, t in model.state_dict().items() if not torch.equal(t, before[name])
+    }
     assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -287,5 +311,8 @@ def test_adapters_beside_adapters_are_refused(make_model):
 
 
 def test_qlora_with_groups_that_do_not_fit_is_refused(make_model):
-    with pytest.raises(ValueError, match=r"rows of 32 weights cannot be cut into groups of 64, or those into pairs\."):
+    with pytest.raises(
+        ValueError,
+        match=r"rows of 32 weights cannot be cut into groups of 64, or those into pairs\.",
+    ):
         qlora(make_model())

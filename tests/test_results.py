@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 
 from gptlite import results
 from gptlite.bench import ratio, timing
-from gptlite.results import Measurement, Results, load, machine_title, measurement, quantity, record, table
+from gptlite.results import (
+    Measurement,
+    Results,
+    load,
+    machine_title,
+    measurement,
+    record,
+    table,
+)
 from gptlite.roofline import Machine
+from gptlite.units import quantity
 
 MACHINE = Machine(
     name="Zen (TM) 9",
@@ -25,7 +34,13 @@ MACHINE = Machine(
     date="2026-01-01",
     torch="2.6.0",
 )
-DECODE = measurement("decode", timing([0.01, 0.02, 0.03]), command="make run NB=kv_cache", dtype="float32", context=256)
+DECODE = measurement(
+    "decode",
+    timing([0.01, 0.02, 0.03]),
+    command="make run NB=kv_cache",
+    dtype="float32",
+    context=256,
+)
 SPEEDUP = measurement("speed-up", ratio(timing([6.0, 5.0, 4.0]), timing([1.0, 1.0, 1.0])))
 CACHE = measurement("cache", 4_718_592, "bytes")
 
@@ -147,8 +162,15 @@ def test_a_broken_file_is_refused_and_named(tmp_path, content, reason):
 
 @pytest.mark.parametrize(
     ("measurements", "reason"),
-    [(None, "not iterable"), ([3], "argument after ** must be a mapping"), ([GOOD, GOOD], "a metric is in it twice")]
-    + [([{"metric": "x"}], "missing 4 required"), ([GOOD | {"colour": 1}], "unexpected keyword argument 'colour'")],
+    [
+        (None, "not iterable"),
+        ([3], "argument after ** must be a mapping"),
+        ([GOOD, GOOD], "a metric is in it twice"),
+    ]
+    + [
+        ([{"metric": "x"}], "missing 4 required"),
+        ([GOOD | {"colour": 1}], "unexpected keyword argument 'colour'"),
+    ],
 )
 def test_broken_measurements_are_refused(tmp_path, measurements, reason):
     path = record(MACHINE, [DECODE], tmp_path)
@@ -168,11 +190,15 @@ def test_a_truncated_file_is_never_read_as_whole(tmp_path_factory, data):
 
 
 def test_the_table_sets_here_beside_there():
-    book = Results(MACHINE, {m.metric: m for m in (replace(DECODE, value=0.01, low=0.01), CACHE)})
+    book = Results(
+        MACHINE, {m.metric: m for m in (replace(DECODE, value=0.01, low=0.01), CACHE)}
+    )
     other = Results(replace(MACHINE, name="GPU", device="cuda"), {SPEEDUP.metric: SPEEDUP})
     unrelated = Results(MACHINE, {})
     here = replace(MACHINE, name="a|b", threads=1)
-    text = table(here, [DECODE, SPEEDUP, CACHE], {"book": book, "other": other, "unrelated": unrelated})
+    text = table(
+        here, [DECODE, SPEEDUP, CACHE], {"book": book, "other": other, "unrelated": unrelated}
+    )
     assert text.splitlines() == [
         r"|  | here: a\|b, 1 thread | Zen (TM) 9, 2 threads | GPU |",
         "| --- | ---: | ---: | ---: |",
@@ -189,7 +215,9 @@ def test_the_table_stands_without_any_record():
 
 def test_the_table_does_not_compare_seconds_with_bytes():
     book = {"book": Results(MACHINE, {"cache": replace(CACHE, unit="s")})}
-    with pytest.raises(ValueError, match=r"^'cache' is in bytes here, but was recorded in s\.$"):
+    with pytest.raises(
+        ValueError, match=r"^'cache' is in bytes here, but was recorded in s\.$"
+    ):
         table(MACHINE, [CACHE], book)
 
 

@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from gptlite.costs import Cost, decode_cost, naive_cost, operator_costs, prefill_cost
 from gptlite.kv_cache import KVCache, kv_cache_bytes
 from gptlite.model import GPT, GPT2_SMALL, GPT2_XL, GPTConfig, naive_attention, sdpa_attention
-from gptlite.roofline import Cost, Machine, decode_cost, naive_cost, operator_costs, predict, prefill_cost
+from gptlite.roofline import Machine, predict
 
 MACHINE = Machine(
     name="a machine",
@@ -37,7 +38,9 @@ def steps(draw):
     H = kv * group
     config = GPTConfig(draw(st.integers(1, 3)), H, H * D, 16, draw(st.integers(1, 40)), kv)
     if draw(st.booleans()):  # as pruning may leave it
-        config = replace(config, head_size=draw(st.integers(1, 5)), n_hidden=draw(st.integers(1, 20)))
+        config = replace(
+            config, head_size=draw(st.integers(1, 5)), n_hidden=draw(st.integers(1, 20))
+        )
     Tk = draw(st.integers(1, 16))
     return config, draw(st.integers(1, Tk)), Tk, draw(st.integers(1, 3))
 
@@ -81,7 +84,9 @@ def run(config, Tq, Tk, B, cache, last_only, attention, mode):
 def test_flops_are_those_that_pytorch_counts(attention, step, last_only):
     # PyTorch's counter does not know its fused CPU kernel, so the same call is counted as the products it stands for
     with sdpa_kernel(SDPBackend.MATH):
-        counted = run(*step, True, last_only, attention, FlopCounterMode(display=False)).get_total_flops()
+        counted = run(
+            *step, True, last_only, attention, FlopCounterMode(display=False)
+        ).get_total_flops()
     assert total(operator_costs(*step, last_only=last_only)).flops == counted
 
 
@@ -89,15 +94,24 @@ def test_flops_are_those_that_pytorch_counts(attention, step, last_only):
 @given(steps())
 def test_flops_of_each_operator_are_those_that_pytorch_counts(step):
     with sdpa_kernel(SDPBackend.MATH):
-        counted = run(*step, True, True, naive_attention, FlopCounterMode(display=False)).get_flop_counts()
+        counted = run(
+            *step, True, True, naive_attention, FlopCounterMode(display=False)
+        ).get_flop_counts()
     costs = operator_costs(*step)
-    for ours, theirs in (("c_attn", "attn.c_attn"), ("attn.c_proj", "attn.c_proj"), ("c_fc", "mlp.c_fc")):
-        assert costs[ours].flops == sum(sum(c.values()) for name, c in counted.items() if name.endswith(theirs))
+    for ours, theirs in (
+        ("c_attn", "attn.c_attn"),
+        ("attn.c_proj", "attn.c_proj"),
+        ("c_fc", "mlp.c_fc"),
+    ):
+        assert costs[ours].flops == sum(
+            sum(c.values()) for name, c in counted.items() if name.endswith(theirs)
+        )
     assert costs["lm_head"].flops == sum(counted["GPT.lm_head"].values())
 
 
 @pytest.mark.parametrize(
-    ("Tq", "Tk", "cache"), [(1, 1, False), (9, 9, False), (1, 1, True), (9, 9, True), (1, 9, True)]
+    ("Tq", "Tk", "cache"),
+    [(1, 1, False), (9, 9, False), (1, 1, True), (9, 9, True), (1, 9, True)],
 )
 @pytest.mark.parametrize("n_layer", [1, 3])
 def test_launches_are_those_that_happen(Tq, Tk, cache, n_layer):
@@ -117,8 +131,12 @@ def constant_in_batch(config, Tq, Tk, dtype=torch.float32):
 def test_each_parameter_is_read_once(step, dtype):
     config, Tq, Tk, _ = step
     model = GPT(config).to(dtype)
-    weights = sum(p.nbytes for p in model.parameters()) - model.wpe.weight.nbytes  # of the positions only Tq rows:
-    positions = 3 * Tq * config.n_embd * dtype.itemsize + 2 * Tq * 8  # read, written, read; their numbers written, read
+    weights = (
+        sum(p.nbytes for p in model.parameters()) - model.wpe.weight.nbytes
+    )  # of the positions only Tq rows:
+    positions = (
+        3 * Tq * config.n_embd * dtype.itemsize + 2 * Tq * 8
+    )  # read, written, read; their numbers written, read
     assert constant_in_batch(config, Tq, Tk, dtype) == weights + positions
 
 
@@ -126,7 +144,10 @@ def test_each_parameter_is_read_once(step, dtype):
 @given(steps(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_each_cached_key_and_value_is_read_once(step, dtype):
     config, _, Tk, B = step
-    cached = total(operator_costs(config, 1, Tk, B, dtype)).bytes - total(operator_costs(config, 1, 1, B, dtype)).bytes
+    cached = (
+        total(operator_costs(config, 1, Tk, B, dtype)).bytes
+        - total(operator_costs(config, 1, 1, B, dtype)).bytes
+    )
     assert cached == kv_cache_bytes(config, B, Tk, dtype) - kv_cache_bytes(config, B, 1, dtype)
 
 
@@ -134,8 +155,12 @@ def test_each_cached_key_and_value_is_read_once(step, dtype):
 @given(steps())
 def test_the_cache_is_written_once_for_each_new_token(step):
     config, Tq, Tk, B = step
-    with_cache, without = (total(operator_costs(config, Tq, Tk, B, cache=c)) for c in (True, False))
-    assert with_cache.bytes - without.bytes == 2 * kv_cache_bytes(config, B, Tq)  # read, and written
+    with_cache, without = (
+        total(operator_costs(config, Tq, Tk, B, cache=c)) for c in (True, False)
+    )
+    assert with_cache.bytes - without.bytes == 2 * kv_cache_bytes(
+        config, B, Tq
+    )  # read, and written
     assert with_cache.flops == without.flops
 
 
@@ -152,7 +177,9 @@ def test_costs_grow_with_the_context_and_a_cache_pays(config):
     contexts = [1, 2, 16, 100, config.block_size]
     for cost in (prefill_cost, decode_cost, naive_cost):
         of = [cost(config, T) for T in contexts]
-        assert all(a.bytes < b.bytes and a.flops < b.flops and a.ops == b.ops for a, b in pairwise(of))
+        assert all(
+            a.bytes < b.bytes and a.flops < b.flops and a.ops == b.ops for a, b in pairwise(of)
+        )
     for T in contexts[1:]:
         assert decode_cost(config, T).flops < naive_cost(config, T).flops / T * 1.5
         assert decode_cost(config, T).bytes < naive_cost(config, T).bytes
@@ -167,7 +194,9 @@ def test_a_batch_shares_the_weights():
 
 
 def test_the_head_may_work_for_the_last_position_alone():
-    every, last = (operator_costs(GPTConfig(), 10, 10, B=2, last_only=last) for last in (False, True))
+    every, last = (
+        operator_costs(GPTConfig(), 10, 10, B=2, last_only=last) for last in (False, True)
+    )
     assert every["lm_head"].flops == 10 * last["lm_head"].flops
     assert {name for name in every if every[name] != last[name]} == {"lm_head", "layer_norm"}
 
@@ -224,7 +253,9 @@ def test_the_largest_term_binds(cost, binds, text):
     assert p.binds == binds
     assert str(p) == text
     assert p.seconds == p.overhead + max(p.memory, p.compute)
-    assert (p.memory, p.compute, p.overhead) == pytest.approx((cost.bytes / 10e9, cost.flops / 100e9, cost.ops * 1e-5))
+    assert (p.memory, p.compute, p.overhead) == pytest.approx(
+        (cost.bytes / 10e9, cost.flops / 100e9, cost.ops * 1e-5)
+    )
 
 
 def test_a_gpu_launches_while_it_works():
@@ -256,7 +287,9 @@ def test_the_rate_between_the_numbers_of_rows_measured():
         assert machine.linear_rate(rows) == pytest.approx(rate)
     assert machine.linear_rate(4) == pytest.approx(21e9)  # half way in the logarithm
     assert machine.linear_rate(1000) == 90e9
-    assert machine.linear_rate(4, torch.bfloat16) == MACHINE.flops["bfloat16"]  # not measured by rows
+    assert (
+        machine.linear_rate(4, torch.bfloat16) == MACHINE.flops["bfloat16"]
+    )  # not measured by rows
     with pytest.raises(ValueError, match="not calibrated for float64"):
         machine.linear_rate(4, torch.float64)
 
@@ -277,7 +310,10 @@ def test_a_machine_survives_its_file():
         ({"matvec": []}, "matvec is empty"),
         ({"matvec": [[1, -2]]}, "matvec at 1 bytes is -2"),
         ({"matvec": 3}, "not iterable"),
-        ({"linear": {"float32": [[4, 0]]}}, "linear in float32 at 4 rows is 0, but must be above 0."),
+        (
+            {"linear": {"float32": [[4, 0]]}},
+            "linear in float32 at 4 rows is 0, but must be above 0.",
+        ),
         ({"threads": "two"}, "not supported between"),
     ],
 )

@@ -20,10 +20,16 @@ def quiet(line):
 
 
 def test_outputs_counts_and_folder(tmp_path):
-    path = write(tmp_path / "t.ipynb", "from pathlib import Path\nx = 3", "print(x)\nprint(Path.cwd().name)\nx + 1")
+    path = write(
+        tmp_path / "t.ipynb",
+        "from pathlib import Path\nx = 3",
+        "print(x)\nprint(Path.cwd().name)\nx + 1",
+    )
     lines = []
     assert run_notebooks.run(path, progress=lines.append) > 0
-    first, second = (cell for cell in notebook_files.read(path).cells if cell.cell_type == "code")
+    first, second = (
+        cell for cell in notebook_files.read(path).cells if cell.cell_type == "code"
+    )
     assert (first.execution_count, first.outputs, second.execution_count) == (1, [], 2)
     assert second.outputs[0].text == f"3\n{tmp_path.name}\n"
     assert second.outputs[1].data == {"text/plain": "4"}
@@ -48,10 +54,23 @@ print("careful", file=sys.stderr)
 print(2, flush=True)
 display({"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "bar"}, raw=True)
 display({"text/plain": "5"}, raw=True, metadata={"scrapbook": {"name": "n", "mime_prefix": ""}})"""
-    path = write(tmp_path / "t.ipynb", code, widgets={"state": {}}, language_info={"name": "python", "version": "1"})
+    path = write(
+        tmp_path / "t.ipynb",
+        code,
+        widgets={"state": {}},
+        language_info={"name": "python", "version": "1"},
+    )
     notebook = notebook_files.read(path)
-    kept = {"tags": ["nbval-check-output"], "cellView": "form", "jupyter": {"source_hidden": True}}
-    notebook.cells[1].metadata = {**kept, "execution": {"iopub.status.busy": "now"}, "scrolled": True}
+    kept = {
+        "tags": ["nbval-check-output"],
+        "cellView": "form",
+        "jupyter": {"source_hidden": True},
+    }
+    notebook.cells[1].metadata = {
+        **kept,
+        "execution": {"iopub.status.busy": "now"},
+        "scrolled": True,
+    }
     notebook_files.write(notebook, path)
     run_notebooks.run(path, progress=quiet)
     first = path.read_bytes()
@@ -62,9 +81,16 @@ display({"text/plain": "5"}, raw=True, metadata={"scrapbook": {"name": "n", "mim
     assert cell.metadata == kept
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert "version" not in notebook.metadata.language_info
-    streams = {output.name: output.text for output in cell.outputs if output.output_type == "stream"}
-    assert streams == {"stdout": "1\n2\n", "stderr": "careful\n"}  # kept, so that check_notebooks.py can refuse it
-    assert [output.metadata.scrapbook.name for output in cell.outputs if "data" in output] == ["n"]
+    streams = {
+        output.name: output.text for output in cell.outputs if output.output_type == "stream"
+    }
+    assert streams == {
+        "stdout": "1\n2\n",
+        "stderr": "careful\n",
+    }  # kept, so that check_notebooks.py can refuse it
+    assert [output.metadata.scrapbook.name for output in cell.outputs if "data" in output] == [
+        "n"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +98,10 @@ display({"text/plain": "5"}, raw=True, metadata={"scrapbook": {"name": "n", "mim
     [
         ("a = 1\n1 / 0", r"cell 3 of 4 \(a = 1\) raised ZeroDivisionError: division by zero\."),
         ("import os\nos._exit(1)", r"cell 3 of 4 \(import os\) ended its kernel"),
-        ("import time\ntime.sleep(60)", r"cell 3 of 4 \(import time\) ran longer than 3 seconds\."),
+        (
+            "import time\ntime.sleep(60)",
+            r"cell 3 of 4 \(import time\) ran longer than 3 seconds\.",
+        ),
     ],
 )
 def test_a_failed_cell_is_named_and_the_file_stays(tmp_path, code, sentence):
@@ -99,7 +128,7 @@ def test_the_command_runs_the_others_and_fails(tmp_path, monkeypatch, capsys):
 
 
 def test_an_unknown_name_is_one_sentence():
-    script = notebook_files.ROOT / "scripts" / "run_notebooks.py"
+    script = notebook_files.ROOT / "scripts" / "notebooks" / "run_notebooks.py"
     done = subprocess.run([sys.executable, script, "nowhere"], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("run_notebooks: ")

@@ -46,12 +46,16 @@ def test_the_cell_is_silent_and_leaves_alone_where_gptlite_is_importable(capsys)
     assert set(names) == {"get_ipython", "find_spec", "__builtins__"}
 
 
-@pytest.mark.parametrize("config", [None, "", "repository:\n", "repository:\n  url: x\n", "a: [", "repository: 3\n"])
+@pytest.mark.parametrize(
+    "config", [None, "", "repository:\n", "repository:\n  url: x\n", "a: [", "repository: 3\n"]
+)
 def test_a_config_without_the_address_is_one_sentence(root, config):
     (root / "_config.yml").unlink()
     if config is not None:
         (root / "_config.yml").write_text(config)
-    with pytest.raises(ValueError, match=r"does not give repository\.url and repository\.branch"):
+    with pytest.raises(
+        ValueError, match=r"does not give repository\.url and repository\.branch"
+    ):
         setup_cell.setup_cell(root)
 
 
@@ -64,15 +68,25 @@ def notebook(*cells):
     [
         [v4.new_markdown_cell("# T"), v4.new_code_cell("x = 1")],
         [v4.new_code_cell("x = 1")],
-        [v4.new_markdown_cell("# T"), v4.new_code_cell("old  # GPTLITE_REPO"), v4.new_code_cell("x = 1")],
-        [v4.new_markdown_cell(f"# T\n\n[Open in Colab]({setup_cell.COLAB}x) and more"), v4.new_code_cell("x = 1")],
+        [
+            v4.new_markdown_cell("# T"),
+            v4.new_code_cell("old  # GPTLITE_REPO"),
+            v4.new_code_cell("x = 1"),
+        ],
+        [
+            v4.new_markdown_cell(f"# T\n\n[Open in Colab]({setup_cell.COLAB}x) and more"),
+            v4.new_code_cell("x = 1"),
+        ],
     ],
 )
 def test_put_makes_every_notebook_right_and_keeps_its_own_cells(root, cells):
     nb = notebook(*cells)
     setup_cell.put(nb, "kv_cache.ipynb", root)
     assert setup_cell.differences(nb, "kv_cache.ipynb", root) == []
-    assert [cell.source for cell in nb.cells if cell.cell_type == "code"] == [setup_cell.setup_cell(root), "x = 1"]
+    assert [cell.source for cell in nb.cells if cell.cell_type == "code"] == [
+        setup_cell.setup_cell(root),
+        "x = 1",
+    ]
     assert nb.cells[0].cell_type == cells[0].cell_type or cells[0].source == "x = 1"
     before = nb.copy()
     setup_cell.put(nb, "kv_cache.ipynb", root)
@@ -80,7 +94,9 @@ def test_put_makes_every_notebook_right_and_keeps_its_own_cells(root, cells):
 
 
 def test_the_colab_link_opens_the_notebook_at_the_branch(root):
-    nb = notebook(v4.new_markdown_cell(f"# T\n\n[Open in Colab]({setup_cell.COLAB}wrong/place.ipynb)"))
+    nb = notebook(
+        v4.new_markdown_cell(f"# T\n\n[Open in Colab]({setup_cell.COLAB}wrong/place.ipynb)")
+    )
     setup_cell.put(nb, "kv_cache.ipynb", root)
     address = f"{setup_cell.COLAB}ann/book/blob/main/notebooks/kv_cache.ipynb"
     assert nb.cells[0].source == f"# T\n\n[Open in Colab]({address})"

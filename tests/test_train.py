@@ -30,7 +30,9 @@ from gptlite.train import (
 )
 
 ROOT = Path(__file__).parent.parent
-SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY, dropout=0.1)
+SHAPE = GPTConfig(
+    n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY, dropout=0.1
+)
 QUICK = TrainConfig(steps=6, batch_size=4, warmup=2)
 
 
@@ -56,7 +58,9 @@ def test_the_loss_goes_down(corpus, optimizer):
     frequency = torch.bincount(corpus.train.long()) / len(corpus.train)
     entropy = -(frequency * frequency.clamp_min(1e-9).log()).sum().item()
     model = new_model(dropout=0.0)
-    config = TrainConfig(steps=80, batch_size=16, warmup=10, optimizer=optimizer, lr=0.02, adamw_lr=8e-3)
+    config = TrainConfig(
+        steps=80, batch_size=16, warmup=10, optimizer=optimizer, lr=0.02, adamw_lr=8e-3
+    )
     losses = quiet(model, corpus, config)["train_loss"]
     assert len(losses) == 80
     assert abs(losses[0] - math.log(SHAPE.vocab_size)) < 0.2
@@ -74,7 +78,9 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     assert len(matrices) == 4 * 2
     assert set(adamw.param_groups[0]["params"]) == set(model.parameters()) - matrices
     assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == (0.3, 0.1)
-    (alone,) = make_optimizers(model, TrainConfig(optimizer="adamw", weight_decay=0.2), torch.float32)
+    (alone,) = make_optimizers(
+        model, TrainConfig(optimizer="adamw", weight_decay=0.2), torch.float32
+    )
     assert {p: g["weight_decay"] for g in alone.param_groups for p in g["params"]} == {
         p: 0.2 if p in matrices else 0.0 for p in model.parameters()
     }
@@ -122,7 +128,12 @@ def test_gradients_are_clipped(corpus, monkeypatch, dtype):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     for clip in (0.01, 1e9):
-        quiet(new_model(), corpus, replace(QUICK, steps=1, clip=clip, optimizer="adamw"), dtype=dtype)
+        quiet(
+            new_model(),
+            corpus,
+            replace(QUICK, steps=1, clip=clip, optimizer="adamw"),
+            dtype=dtype,
+        )
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
     assert 0.1 < norms[1] < 10
 
@@ -136,7 +147,9 @@ def test_the_loss_can_be_swapped(corpus):
         return 0.5 * next_token_loss(model, x, y)
 
     swapped = quiet(new_model(), corpus, QUICK, loss_fn=half)["train_loss"]
-    assert swapped[0] == pytest.approx(0.5 * quiet(new_model(), corpus, QUICK)["train_loss"][0], abs=1e-5)
+    assert swapped[0] == pytest.approx(
+        0.5 * quiet(new_model(), corpus, QUICK)["train_loss"][0], abs=1e-5
+    )
     for step, (x, y) in enumerate(calls):
         expected = sample_batch(corpus.train, 8, 4, step)
         assert torch.equal(x, expected[0])
@@ -194,8 +207,12 @@ def test_evaluation_covers_every_whole_window_once(corpus):
     assert model.training  # as it was
     model.eval()
     pairs = ((tokens[i : i + 8], tokens[i + 1 : i + 9]) for i in range(0, 80, 8))
-    one_by_one = [next_token_loss(model, x[None].long(), y[None].long()).item() for x, y in pairs]
-    assert found == pytest.approx(sum(one_by_one) / 10, abs=1e-5)  # the last batch, of one window, weighs as one
+    one_by_one = [
+        next_token_loss(model, x[None].long(), y[None].long()).item() for x, y in pairs
+    ]
+    assert found == pytest.approx(
+        sum(one_by_one) / 10, abs=1e-5
+    )  # the last batch, of one window, weighs as one
     assert not model.training
 
 
@@ -204,9 +221,9 @@ def test_the_loss_is_in_nats_per_token():
         def forward(self, x):
             return torch.zeros(*x.shape, 7)
 
-    assert next_token_loss(Uniform(), torch.zeros(2, 3).long(), torch.ones(2, 3).long()).item() == pytest.approx(
-        math.log(7)
-    )
+    assert next_token_loss(
+        Uniform(), torch.zeros(2, 3).long(), torch.ones(2, 3).long()
+    ).item() == pytest.approx(math.log(7))
 
 
 def test_a_text_too_short_to_evaluate_is_refused_before_training(corpus):
@@ -224,7 +241,9 @@ def test_held_out_losses_are_logged_on_the_way(corpus):
     log = train(new_model(), corpus, QUICK, eval_every=2)
     assert [step for step, _ in log["val_loss"]] == [2, 4]  # the caller evaluates at the end
     assert all(isinstance(loss, float) for _, loss in log["val_loss"])
-    assert log["train_loss"] == quiet(new_model(), corpus, QUICK)["train_loss"]  # looking changes nothing
+    assert (
+        log["train_loss"] == quiet(new_model(), corpus, QUICK)["train_loss"]
+    )  # looking changes nothing
 
 
 # Going on
@@ -253,7 +272,10 @@ def test_what_was_done_after_the_last_save_is_done_again(corpus, tmp_path):
     quiet(new_model(), corpus, QUICK, state_path=state, save_every=2, stop_after=5)
     assert len(read_tensors(state)[1]["log"]["train_loss"]) == 4
     model, whole = new_model(), new_model()
-    assert quiet(model, corpus, QUICK, state_path=state)["train_loss"] == quiet(whole, corpus, QUICK)["train_loss"]
+    assert (
+        quiet(model, corpus, QUICK, state_path=state)["train_loss"]
+        == quiet(whole, corpus, QUICK)["train_loss"]
+    )
     assert same_weights(model, whole)
 
 
@@ -278,7 +300,9 @@ def test_a_finished_run_is_not_trained_again(corpus, tmp_path):
     first, again = new_model(), new_model()
     log = quiet(first, corpus, QUICK, state_path=state)
     calls = []
-    assert quiet(again, corpus, QUICK, state_path=state, loss_fn=lambda *a: calls.append(a)) == log
+    assert (
+        quiet(again, corpus, QUICK, state_path=state, loss_fn=lambda *a: calls.append(a)) == log
+    )
     assert same_weights(first, again)
     assert calls == []
 
@@ -290,7 +314,9 @@ def test_a_run_can_be_prolonged(corpus, tmp_path):
     assert longer["train_loss"][:6] == log["train_loss"]
     assert len(longer["train_loss"]) == 9
     assert longer["prolonged"] == [[6, 6]]
-    with pytest.raises(ValueError, match=r"run\.state has been trained for 9 steps, but steps is 6\."):
+    with pytest.raises(
+        ValueError, match=r"run\.state has been trained for 9 steps, but steps is 6\."
+    ):
         quiet(new_model(), corpus, QUICK, state_path=state)
 
 
@@ -300,10 +326,12 @@ def test_a_state_without_a_corpus_goes_on(corpus, tmp_path):
     quiet(new_model(), corpus, QUICK, state_path=state, save_every=1, stop_after=3)
     tensors, info = read_tensors(state)
     assert {name.split(".")[0] for name in tensors} == {"model", "optimizer"}
-    training.checkpoints.write_tensors(state, tensors, {k: info[k] for k in ("log", "train", "config")})
-    assert quiet(new_model(), corpus, QUICK, state_path=state) | {"seconds": 0} == quiet(new_model(), corpus, QUICK) | {
-        "seconds": 0
-    }
+    training.checkpoints.write_tensors(
+        state, tensors, {k: info[k] for k in ("log", "train", "config")}
+    )
+    assert quiet(new_model(), corpus, QUICK, state_path=state) | {"seconds": 0} == quiet(
+        new_model(), corpus, QUICK
+    ) | {"seconds": 0}
 
 
 @pytest.mark.parametrize(
@@ -320,7 +348,10 @@ def test_the_state_of_another_run_is_refused(corpus, tmp_path, config, shape, di
     state = tmp_path / "run.state"
     quiet(new_model(), corpus, QUICK, state_path=state)
     before, model = state.read_bytes(), new_model(**shape)
-    with pytest.raises(ValueError, match=re.escape(f"holds another run ({difference}); delete it to start anew.")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"holds another run ({difference}); delete it to start anew."),
+    ):
         quiet(model, corpus, replace(QUICK, **config), state_path=state)
     assert same_weights(model, new_model(**shape))
     assert state.read_bytes() == before
@@ -338,7 +369,10 @@ def test_the_state_of_a_run_on_another_text_is_refused(corpus, tmp_path):
 def test_a_file_that_is_no_state(corpus, tmp_path):
     state = tmp_path / "run.state"
     save(state, new_model(), corpus.tokenizer, {"log": {}, "train": {}})
-    with pytest.raises(ValueError, match=r"run\.state is not the state of a training run; delete it to start anew\."):
+    with pytest.raises(
+        ValueError,
+        match=r"run\.state is not the state of a training run; delete it to start anew\.",
+    ):
         quiet(new_model(), corpus, QUICK, state_path=state)
     quiet(new_model(), corpus, QUICK, state_path=tmp_path / "good.state")
     state.write_bytes((tmp_path / "good.state").read_bytes()[:-10])
@@ -347,12 +381,16 @@ def test_a_file_that_is_no_state(corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, since killing needs processes that start quickly")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="forks, since killing needs processes that start quickly"
+)
 def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     """SIGKILL inside of a step, in the middle of writing, between writing and renaming, and at random moments."""
     done = run_python(ROOT / "tests" / "kill_training.py", tmp_path)
     assert done.returncode == 0, done.stderr
-    killed, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "whole"))
+    killed, whole = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "whole")
+    )
     assert killed == whole
     assert len(whole[0]) == 25
 
@@ -360,7 +398,9 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
 def run_python(*args):
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *args], env=env, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *args], env=env, cwd=ROOT, capture_output=True, text=True
+    )
 
 
 # Number formats
@@ -380,7 +420,9 @@ def test_other_number_formats(corpus, tmp_path, dtype):
     losses = quiet(whole, corpus, QUICK, dtype=dtype, loss_fn=watching)["train_loss"]
     assert set(seen) == {dtype}
     assert {p.dtype for p in whole.parameters()} == {torch.float32}
-    assert losses == pytest.approx(quiet(new_model(dropout=0.0), corpus, QUICK)["train_loss"], abs=0.05)
+    assert losses == pytest.approx(
+        quiet(new_model(dropout=0.0), corpus, QUICK)["train_loss"], abs=0.05
+    )
     quiet(model, corpus, QUICK, dtype=dtype, state_path=state, save_every=1, stop_after=3)
     model = new_model(dropout=0.0)
     assert quiet(model, corpus, QUICK, dtype=dtype, state_path=state)["train_loss"] == losses
@@ -390,9 +432,20 @@ def test_other_number_formats(corpus, tmp_path, dtype):
 def test_the_scale_of_float16_gradients_is_part_of_the_state(corpus, tmp_path):
     """An overflow halves it: a run that forgot so would overflow again and skip steps that the other took."""
     state, whole = tmp_path / "run.state", new_model()
-    options = {"dtype": torch.float16, "loss_fn": lambda model, x, y: 10 * next_token_loss(model, x, y)}
+    options = {
+        "dtype": torch.float16,
+        "loss_fn": lambda model, x, y: 10 * next_token_loss(model, x, y),
+    }
     quiet(whole, corpus, replace(QUICK, steps=9), **options)
-    quiet(new_model(), corpus, replace(QUICK, steps=9), state_path=state, save_every=1, stop_after=6, **options)
+    quiet(
+        new_model(),
+        corpus,
+        replace(QUICK, steps=9),
+        state_path=state,
+        save_every=1,
+        stop_after=6,
+        **options,
+    )
     tensors, info = read_tensors(state)
     assert info["scaler"]["scale"] < 2**16  # where it starts: some steps overflowed
     assert info["scaler"]["_growth_tracker"] > 0  # and the last one did not
@@ -420,7 +473,10 @@ def test_configurations_that_make_no_sense(config, message):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(corpus, tmp_path):
     state, losses = tmp_path / "run.state", iter([1.0, 1.0, float("nan")])
-    with pytest.raises(FloatingPointError, match=r"the loss is not finite at step 2; a lower learning rate may help\."):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the loss is not finite at step 2; a lower learning rate may help\.",
+    ):
         quiet(
             new_model(),
             corpus,
@@ -436,7 +492,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(corpus, tmp_pa
 
 def test_a_text_too_short_to_train_on(corpus):
     short = Corpus("short", corpus.train[:15], corpus.val, corpus.tokenizer)
-    with pytest.raises(ValueError, match=r"the text has 15 tokens, but training on windows of 8 needs 16\."):
+    with pytest.raises(
+        ValueError, match=r"the text has 15 tokens, but training on windows of 8 needs 16\."
+    ):
         quiet(new_model(), short, QUICK)
 
 
@@ -460,7 +518,17 @@ def text_file(tmp_path):
 
 
 def command(text_file, out, *more):
-    options = ["--batch-size", "2", "--steps", "3", "--warmup", "1", "--dtype", "float32", "--no-compile"]
+    options = [
+        "--batch-size",
+        "2",
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+        "--dtype",
+        "float32",
+        "--no-compile",
+    ]
     return ["draft", "--corpus", str(text_file), "--out", str(out), *options, *more]
 
 
@@ -468,23 +536,38 @@ def test_the_command_line_from_end_to_end(text_file, tmp_path, capsys):
     out = tmp_path / "new" / "draft.safetensors"
     main(command(text_file, out, "--dropout", "0.1", "--seed", "5", "--eval-every", "2"))
     said = capsys.readouterr()
-    assert re.search(r"parameters on \w+ in torch\.float32; the run is kept in .*draft\.state", said.err)
+    assert re.search(
+        r"parameters on \w+ in torch\.float32; the run is kept in .*draft\.state", said.err
+    )
     assert "tokens/s" in said.err
     model, tokenizer, info = (back := load(out)).model, back.tokenizer, back.info
     assert tokenizer.characters == "".join(sorted(set(TEXT)))
     assert model.config == replace(PRESETS["draft"][0], vocab_size=len(tokenizer), dropout=0.1)
     assert info["train"] == TrainConfig(steps=3, batch_size=2, warmup=1, seed=5).__dict__
-    assert info.keys() == {"command", "val_loss", "train", "log", "machine", "corpus", "fingerprint", "date"}
+    assert info.keys() == {
+        "command",
+        "val_loss",
+        "train",
+        "log",
+        "machine",
+        "corpus",
+        "fingerprint",
+        "date",
+    }
     assert info["corpus"] == "sums"
     assert len(info["log"]["train_loss"]) == 3
     assert [step for step, _ in info["log"]["val_loss"]] == [2]
     corpus = training.load_corpus(text_file)
     assert info["fingerprint"] == corpus.fingerprint
     assert f"held-out loss {info['val_loss']:.4f} nats a character" in said.out
-    assert info["val_loss"] == pytest.approx(evaluate(model, corpus.val, 256), abs=2e-3)  # the file's 16 bits
+    assert info["val_loss"] == pytest.approx(
+        evaluate(model, corpus.val, 256), abs=2e-3
+    )  # the file's 16 bits
     assert str(tmp_path) not in info["command"]
     assert re.match(r"\d{4}-\d\d-\d\d$", info["date"])
-    main(command(text_file, out, "--dropout", "0.1", "--seed", "5"))  # finished: nothing is trained again
+    main(
+        command(text_file, out, "--dropout", "0.1", "--seed", "5")
+    )  # finished: nothing is trained again
     assert load(out).info["log"]["train_loss"] == info["log"]["train_loss"]
 
 
@@ -496,17 +579,24 @@ def test_a_record_says_what_a_checkpoint_says_and_keeps_no_weights(text_file, tm
     main(command(text_file, tmp_path / "weights.safetensors"))
     info = load(tmp_path / "weights.safetensors").info
     assert record["parameters"] == model.n_params()
-    assert {k: record[k] for k in info if k != "log"} == {k: info[k] for k in info if k != "log"}
+    assert {k: record[k] for k in info if k != "log"} == {
+        k: info[k] for k in info if k != "log"
+    }
     assert record["log"]["train_loss"] == info["log"]["train_loss"]
     assert {p.suffix for p in out.parent.iterdir()} == {".json", ".state"}
 
 
 def test_the_recorded_command_says_all_that_makes_the_weights(text_file, tmp_path, capsys):
-    asked = command(text_file, tmp_path / "a.safetensors", "--lr", "0.01", "--optimizer", "adamw")
+    asked = command(
+        text_file, tmp_path / "a.safetensors", "--lr", "0.01", "--optimizer", "adamw"
+    )
     main(asked)
     recorded = load(tmp_path / "a.safetensors").info["command"].split()
     assert recorded[:4] == ["python", "-m", "gptlite.train", "draft"]
-    again = [f"--corpus={text_file}" if option.startswith("--corpus=") else option for option in recorded[3:]]
+    again = [
+        f"--corpus={text_file}" if option.startswith("--corpus=") else option
+        for option in recorded[3:]
+    ]
     main([*again, "--out", str(tmp_path / "b.safetensors"), "--no-compile"])
     assert same_weights(*(load(tmp_path / f"{name}.safetensors").model for name in "ab"))
 
@@ -517,19 +607,43 @@ def test_a_run_can_begin_with_the_weights_of_another(text_file, tmp_path, capsys
     trained = load(first)
     for start in (first, tmp_path / "first.state"):
         out = tmp_path / "second.json"
-        more = ["--start", str(start), "--confidence-penalty", "0.1", "--lr", "1e-6", "--adamw-lr", "1e-6"]
-        main(command(text_file, out, *more, "--state", str(tmp_path / f"from{start.suffix}.state")))
+        more = [
+            "--start",
+            str(start),
+            "--confidence-penalty",
+            "0.1",
+            "--lr",
+            "1e-6",
+            "--adamw-lr",
+            "1e-6",
+        ]
+        main(
+            command(
+                text_file, out, *more, "--state", str(tmp_path / f"from{start.suffix}.state")
+            )
+        )
         record = json.loads(out.read_text())
         assert record["start"] == {"name": "first", "train": trained.info["train"], "steps": 3}
         assert record["confidence_penalty"] == 0.1
-        assert "--start=first" in record["command"] and "--confidence-penalty=0.1" in record["command"]
-        assert record["val_loss"] == pytest.approx(trained.info["val_loss"], abs=2e-3)  # with such a learning rate
-        for other in (more[:2], [*more[:3], "0.2", *more[4:]], more[2:]):  # that state is of this start and this loss
+        assert (
+            "--start=first" in record["command"]
+            and "--confidence-penalty=0.1" in record["command"]
+        )
+        assert record["val_loss"] == pytest.approx(
+            trained.info["val_loss"], abs=2e-3
+        )  # with such a learning rate
+        for other in (
+            more[:2],
+            [*more[:3], "0.2", *more[4:]],
+            more[2:],
+        ):  # that state is of this start and this loss
             state = ["--state", str(tmp_path / f"from{start.suffix}.state")]
             again = ["--lr", "1e-6", "--adamw-lr", "1e-6", *other, *state]
             with pytest.raises(ValueError, match=r"holds another run \(.*recipe "):
                 main(command(text_file, out, *again))
-    other = command(text_file, out, "--start", str(ROOT / "assets" / "checkpoints" / "teacher.safetensors"))
+    other = command(
+        text_file, out, "--start", str(ROOT / "assets" / "checkpoints" / "teacher.safetensors")
+    )
     with pytest.raises(ValueError, match="is of another architecture"):
         main([*other, "--state", str(tmp_path / "other.state")])
 
@@ -543,9 +657,14 @@ def test_the_record_of_a_prolonged_run_says_how_it_came_about(text_file, tmp_pat
     first, second = info["command"].split("\n")
     assert first.replace("--steps=3", "--steps=5") == second
     for line in (first, second):
-        options = [f"--corpus={text_file}" if o.startswith("--corpus=") else o for o in line.split()[3:]]
+        options = [
+            f"--corpus={text_file}" if o.startswith("--corpus=") else o
+            for o in line.split()[3:]
+        ]
         main([*options, "--out", str(tmp_path / "b.safetensors"), "--no-compile"])
-    assert load(tmp_path / "b.safetensors").info["log"]["train_loss"] == info["log"]["train_loss"]
+    assert (
+        load(tmp_path / "b.safetensors").info["log"]["train_loss"] == info["log"]["train_loss"]
+    )
 
 
 def test_the_record_of_a_run_prolonged_on_its_way_says_where(text_file, tmp_path, corpus):
@@ -556,12 +675,17 @@ def test_the_record_of_a_run_prolonged_on_its_way_says_where(text_file, tmp_path
     config = TrainConfig(steps=4, batch_size=2, warmup=1)
     train(GPT(shape), short, config, state_path=state, save_every=1, eval_every=0, stop_after=2)
     main(command(text_file, out))
-    assert [line.partition("  # ")[2] for line in load(out).info["command"].split("\n")] == ["stopped at step 2", ""]
+    assert [line.partition("  # ")[2] for line in load(out).info["command"].split("\n")] == [
+        "stopped at step 2",
+        "",
+    ]
 
 
 def test_the_command_line_says_what_is_wrong(text_file, tmp_path, capsys):
     good = command(text_file, tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match=r"the optimizer is 'sgd', but must be muon or adamw\."):
+    with pytest.raises(
+        ValueError, match=r"the optimizer is 'sgd', but must be muon or adamw\."
+    ):
         main([*good, "--optimizer", "sgd"])
     with pytest.raises(FileNotFoundError, match=r"no corpus at nowhere\.txt;"):
         main([*good, "--corpus", "nowhere.txt"])
@@ -577,10 +701,15 @@ def test_the_command_line_says_what_is_wrong(text_file, tmp_path, capsys):
 
 def test_the_command_line_shows_no_traceback(text_file, tmp_path):
     done = run_python(
-        "-m", "gptlite.train", *command(text_file, tmp_path / "out.safetensors", "--corpus", "nowhere.txt")
+        "-m",
+        "gptlite.train",
+        *command(text_file, tmp_path / "out.safetensors", "--corpus", "nowhere.txt"),
     )
     assert done.returncode == 1
-    assert done.stderr == "error: no corpus at nowhere.txt; use plays, tinyshakespeare or a text file's path.\n"
+    assert (
+        done.stderr
+        == "error: no corpus at nowhere.txt; use plays, tinyshakespeare or a text file's path.\n"
+    )
 
 
 def test_a_text_too_short_to_evaluate_is_refused_by_the_command_line_at_once(tmp_path):
@@ -597,7 +726,15 @@ def test_a_text_too_short_to_evaluate_is_refused_by_the_command_line_at_once(tmp
 def test_two_processes_at_half_the_batch_train_as_one(text_file, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     main(command(text_file, one))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gptlite.train"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "gptlite.train",
+    ]
     done = run_python(*torchrun, *command(text_file, two, "--save-every", "2"))
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = load(one), load(two)
@@ -631,7 +768,10 @@ def test_each_process_takes_its_own_share(corpus, monkeypatch):
                 model,
                 corpus,
                 replace(QUICK, steps=1),
-                loss_fn=lambda model, x, y: (seen.append((x, torch.rand(3))), next_token_loss(model, x, y))[1],
+                loss_fn=lambda model, x, y: (
+                    seen.append((x, torch.rand(3))),
+                    next_token_loss(model, x, y),
+                )[1],
             )
     assert sorted(torch.cat([x for x, _ in seen]).tolist()) == sorted(whole.tolist())
     assert not torch.equal(seen[0][1], seen[1][1])

@@ -14,7 +14,7 @@ from test_site_browser import PHONE, axe_faults
 from gptlite.checkpoints import load_pretrained
 from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
-from gptlite.results import quantity
+from gptlite.units import quantity
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.site]
@@ -62,7 +62,10 @@ def open_in(context, where: str):
     page.set_default_timeout(WAIT)
     page.asked, page.faults = [], []
     page.on("request", lambda request: page.asked.append(request.url))
-    page.on("console", lambda m: m.type in ("error", "warning") and page.faults.append(f"console: {m.text}"))
+    page.on(
+        "console",
+        lambda m: m.type in ("error", "warning") and page.faults.append(f"console: {m.text}"),
+    )
     page.on("pageerror", lambda error: page.faults.append(f"exception: {error}"))
     page.goto(where, wait_until="networkidle")
     return page
@@ -105,7 +108,9 @@ def start(page, **choices) -> None:
 
 def status(page) -> str:
     """What the page says when the run has ended."""
-    page.wait_for_function("document.querySelector('.try-it').dataset.state === 'idle'", timeout=WAIT)
+    page.wait_for_function(
+        "document.querySelector('.try-it').dataset.state === 'idle'", timeout=WAIT
+    )
     return page.text_content("[role=status]")
 
 
@@ -126,7 +131,9 @@ def test_nothing_of_the_model_is_asked_for_before_the_click(open_page, about):
     page = open_page()
     assert not [url for url in page.asked if "/try_it/" in url]
     stated = page.text_content("article")
-    assert all(quantity(model["bytes"], "bytes") in stated for model in about["models"].values())
+    assert all(
+        quantity(model["bytes"], "bytes") in stated for model in about["models"].values()
+    )
     run(page)
     files = {url.rsplit("/", 1)[1] for url in page.asked if "/try_it/" in url}
     assert {"page.js", "gpt.js", "int8.onnx", "ort.wasm.bundle.min.mjs", RUNTIME} <= files
@@ -136,23 +143,34 @@ def test_nothing_of_the_model_is_asked_for_before_the_click(open_page, about):
 def test_the_model_writes_what_pytorch_writes(page, about):
     model, tokenizer = (checkpoint := load_pretrained("teacher")).model, checkpoint.tokenizer
     idx = tokenizer.encode(PROMPT)[None]
-    expected = tokenizer.decode(generate(model, idx, 100, KVCache(model.config), temperature=0)[0, idx.shape[1] :])
+    expected = tokenizer.decode(
+        generate(model, idx, 100, KVCache(model.config), temperature=0)[0, idx.shape[1] :]
+    )
     assert run(page, precision="fp32", count=100) == expected
     greedy = about["greedy"]
-    assert run(page, prompt=greedy["prompt"], precision="fp32", count=len(greedy["text"])) == greedy["text"]
+    assert (
+        run(page, prompt=greedy["prompt"], precision="fp32", count=len(greedy["text"]))
+        == greedy["text"]
+    )
 
 
 def test_the_text_is_the_same_without_the_cache(page):
     cached = run(page, precision="fp32", count=30)
     assert run(page, precision="fp32", count=30, cache=False) == cached
-    assert {"fp32, cache", "fp32, no cache"} <= set(page.locator(".results tbody th").all_text_contents())
+    assert {"fp32, cache", "fp32, no cache"} <= set(
+        page.locator(".results tbody th").all_text_contents()
+    )
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_the_text_streams(page, precision):
     page.evaluate(RECORD)
     text = run(page, precision=precision, count=150, temperature=0.7)
-    lengths = [state["written"] for state in page.evaluate("window.seen") if state["status"] == "Writing."]
+    lengths = [
+        state["written"]
+        for state in page.evaluate("window.seen")
+        if state["status"] == "Writing."
+    ]
     assert len(text) == 150
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 5
@@ -163,16 +181,31 @@ def test_the_prediction_stands_before_the_first_character_and_beside_the_measure
     page.evaluate(RECORD)
     run(page, count=40)
     seen = page.evaluate("window.seen")
-    assert any(state["predicted"] and not state["measured"] and not state["written"] for state in seen)
+    assert any(
+        state["predicted"] and not state["measured"] and not state["written"] for state in seen
+    )
     assert not any(state["written"] and not state["predicted"] for state in seen)
-    cells = page.locator(".results table").first.locator("tbody tr").first.locator("th, td").all_text_contents()
+    cells = (
+        page.locator(".results table")
+        .first.locator("tbody tr")
+        .first.locator("th, td")
+        .all_text_contents()
+    )
     assert cells[0] == "int8, cache"
     assert all(re.fullmatch(r"[\d.,]+( ms)?", cell) for cell in cells[1:5]), cells
     assert re.fullmatch(r"\d+% (longer|shorter)|as predicted", cells[5])
     predicted, measured = (float(cells[i].replace(",", "")) for i in (3, 4))
-    gap = 0 if cells[5] == "as predicted" else int(cells[5].split("%")[0]) * (1 if "longer" in cells[5] else -1)
-    assert gap == pytest.approx(100 * (predicted / measured - 1), abs=2)  # of figures with three digits
-    terms = [float(number) for number in re.findall(r"([\d.]+) ms", page.text_content(".terms"))]
+    gap = (
+        0
+        if cells[5] == "as predicted"
+        else int(cells[5].split("%")[0]) * (1 if "longer" in cells[5] else -1)
+    )
+    assert gap == pytest.approx(
+        100 * (predicted / measured - 1), abs=2
+    )  # of figures with three digits
+    terms = [
+        float(number) for number in re.findall(r"([\d.]+) ms", page.text_content(".terms"))
+    ]
     assert sum(terms[:-1]) == pytest.approx(terms[-1], rel=0.02)
 
 
@@ -180,12 +213,16 @@ def test_the_download_is_counted_to_its_end(open_page, about):
     page = open_page()
     page.evaluate(RECORD)
     run(page)
-    counted = [state["bytes"].split() for state in page.evaluate("window.seen") if state["bytes"]]
+    counted = [
+        state["bytes"].split() for state in page.evaluate("window.seen") if state["bytes"]
+    ]
     assert len(counted) > 2
     got, _, total, unit = counted[-1]
     assert got == total and unit == "MB"
     runtime = int(page.get_attribute(".try-it", "data-runtime-bytes"))
-    assert float(total) == pytest.approx((runtime + about["models"]["int8"]["bytes"]) / 1e6, abs=0.1)
+    assert float(total) == pytest.approx(
+        (runtime + about["models"]["int8"]["bytes"]) / 1e6, abs=0.1
+    )
     assert not page.locator("progress").is_visible()
 
 
@@ -224,7 +261,9 @@ def test_a_double_click_starts_one_run(open_page):
     assert len(written(page)) == 150
     assert len([url for url in page.asked if url.endswith("/int8.onnx")]) == 1
     run(page)
-    assert len([url for url in page.asked if url.endswith("/int8.onnx")]) == 1  # what was loaded is kept
+    assert (
+        len([url for url in page.asked if url.endswith("/int8.onnx")]) == 1
+    )  # what was loaded is kept
 
 
 def test_stop_ends_a_run_and_another_can_start(page):
@@ -257,14 +296,22 @@ def test_the_text_ends_where_the_context_does(page, about):
 
 @pytest.mark.parametrize(
     ("how", "file"),
-    [("missing", file) for file in ("gpt.js", "models.json", "int8.onnx", "calibrate-int8.onnx", RUNTIME)]
+    [
+        ("missing", file)
+        for file in ("gpt.js", "models.json", "int8.onnx", "calibrate-int8.onnx", RUNTIME)
+    ]
     + [("unreachable", file) for file in ("page.js", "int8.onnx", "ort.wasm.bundle.min.mjs")],
 )
 def test_a_file_that_does_not_come_is_said_with_what_to_do(open_page, how, file):
     page = open_page()
-    page.route(f"**/{file}", lambda r: r.abort() if how == "unreachable" else r.fulfill(status=404, body=""))
+    page.route(
+        f"**/{file}",
+        lambda r: r.abort() if how == "unreachable" else r.fulfill(status=404, body=""),
+    )
     start(page)
-    page.wait_for_function("!/^(Nothing|Loading|Timing)/.test(document.querySelector('[role=status]').textContent)")
+    page.wait_for_function(
+        "!/^(Nothing|Loading|Timing)/.test(document.querySelector('[role=status]').textContent)"
+    )
     said = page.text_content("[role=status]")
     assert said.endswith(".") and ". " not in said  # one sentence
     assert "reload the page" in said or "press Start again" in said
@@ -278,7 +325,10 @@ def test_a_file_that_does_not_come_is_said_with_what_to_do(open_page, how, file)
 def test_a_broken_model_is_refused_in_a_sentence(open_page, about, body):
     size = about["models"]["int8"]["bytes"]
     page = open_page()
-    page.route("**/int8.onnx", lambda r: r.fulfill(body={"": b"", "short": b"\0" * 1000, "zeros": b"\0" * size}[body]))
+    page.route(
+        "**/int8.onnx",
+        lambda r: r.fulfill(body={"": b"", "short": b"\0" * 1000, "zeros": b"\0" * size}[body]),
+    )
     start(page)
     said = status(page)
     assert "reload the page" in said and said.endswith(".")
@@ -292,7 +342,9 @@ def test_it_works_with_the_keyboard_alone(page):
     stops = []
     while "submit" not in stops:
         page.keyboard.press("Tab")
-        stops.append(page.evaluate("document.activeElement.name || document.activeElement.type"))
+        stops.append(
+            page.evaluate("document.activeElement.name || document.activeElement.type")
+        )
         if stops[-1] == "precision":
             page.keyboard.press("ArrowRight")
         if stops[-1] == "cache":
@@ -325,7 +377,11 @@ def test_it_works_under_a_path_and_asks_no_other_host(open_page, site, tmp_path)
     with serving(tmp_path) as address:
         page = open_page(f"{address}/some/where/book/{PAGE}")
         assert len(run(page)) == 12
-    assert not [url for url in page.asked if not url.startswith((f"{address}/some/where/book/", "data:", "blob:"))]
+    assert not [
+        url
+        for url in page.asked
+        if not url.startswith((f"{address}/some/where/book/", "data:", "blob:"))
+    ]
     assert not page.faults
 
 
@@ -343,16 +399,24 @@ def module(browser, address):
     """A function that calls another, written in JavaScript, on one of the page's modules."""
     page = browser.new_page()
     page.goto(f"{address}/{PAGE}")
-    yield lambda name, function: page.evaluate(f"async () => ({function})(await import('../try_it/{name}.js'))")
+    yield lambda name, function: page.evaluate(
+        f"async () => ({function})(await import('../try_it/{name}.js'))"
+    )
     page.close()
 
 
 def test_the_tokenizer_is_the_books(module, about):
     tokens = load_pretrained("teacher").tokenizer.encode(PROMPT).tolist()
     there = f"({{Tokenizer}}) => new Tokenizer({json.dumps(about['vocabulary'])})"
-    assert module("tokenizer", f"(m) => ({there})(m).encode({json.dumps(PROMPT)})") == {"tokens": tokens, "unknown": []}
+    assert module("tokenizer", f"(m) => ({there})(m).encode({json.dumps(PROMPT)})") == {
+        "tokens": tokens,
+        "unknown": [],
+    }
     assert module("tokenizer", f"(m) => ({there})(m).decode({tokens})") == PROMPT
-    assert module("tokenizer", f"(m) => ({there})(m).encode('é€é')") == {"tokens": [], "unknown": ["é", "€"]}
+    assert module("tokenizer", f"(m) => ({there})(m).encode('é€é')") == {
+        "tokens": [],
+        "unknown": ["é", "€"],
+    }
 
 
 def test_a_cache_grows_in_place_row_by_row(module):
@@ -395,7 +459,10 @@ def test_a_cache_goes_by_the_graphs_names_and_holds_nothing_else(module):
     )
     assert fed == [
         [["past.k0", [], [1, 2, 0, 1]], ["past.v0", [], [1, 2, 0, 1]]],
-        [["past.k0", [1, 2, 3, 11, 12, 13], [1, 2, 3, 1]], ["past.v0", [5, 6, 7, 15, 16, 17], [1, 2, 3, 1]]],
+        [
+            ["past.k0", [1, 2, 3, 11, 12, 13], [1, 2, 3, 1]],
+            ["past.v0", [5, 6, 7, 15, 16, 17], [1, 2, 3, 1]],
+        ],
     ]
 
 
@@ -416,9 +483,16 @@ def test_the_loop_reads_the_prompt_once_and_stops_at_the_context(module):
         for await (const token of stream(model, [2, 0, 2], {count: 9, cached: %s})) text.push(token);
         return {reads, text};
     }"""
-    assert module("gpt", calls % "true") == {"reads": ["forget", [2, 0, 2], [1], [1]], "text": [1, 1, 1]}
+    assert module("gpt", calls % "true") == {
+        "reads": ["forget", [2, 0, 2], [1], [1]],
+        "text": [1, 1, 1],
+    }
     without = module("gpt", calls % "false")
-    assert [read for read in without["reads"] if read != "forget"] == [[2, 0, 2], [2, 0, 2, 1], [2, 0, 2, 1, 1]]
+    assert [read for read in without["reads"] if read != "forget"] == [
+        [2, 0, 2],
+        [2, 0, 2, 1],
+        [2, 0, 2, 1, 1],
+    ]
     assert without["reads"][-2] == "forget" and without["text"] == [1, 1, 1]
 
 
@@ -456,5 +530,7 @@ def test_a_token_is_timed_by_the_median_of_windows(module):
     call = "({tokenTime}) => tokenTime(%s) ?? 'none'"
     assert module("predict", call % "[]") == "none"
     assert module("predict", call % "[3]") == 3
-    assert module("predict", call % "[0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4]") == 2  # a coarse clock
+    assert (
+        module("predict", call % "[0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4]") == 2
+    )  # a coarse clock
     assert module("predict", call % "[...Array(20).fill(1), 100]") == 1  # one interruption

@@ -15,13 +15,17 @@ def tiny(make_model, corpus, monkeypatch, tmp_path):
     """A function that runs the script on a tiny model and returns its record."""
     monkeypatch.setattr(uptrain, "load_corpus", lambda name: corpus)
     model = make_model(vocab_size=VOCABULARY, block_size=16)
-    monkeypatch.setattr(uptrain, "load_pretrained", lambda name: Checkpoint(model, corpus.tokenizer, {}))
+    monkeypatch.setattr(
+        uptrain, "load_pretrained", lambda name: Checkpoint(model, corpus.tokenizer, {})
+    )
     monkeypatch.setattr(uptrain.shutil, "which", lambda name: None)  # nothing is compiled
     monkeypatch.setattr(uptrain, "EVERY", 2)
 
     def run(steps: int) -> dict:
         out = tmp_path / "record.json"
-        monkeypatch.setattr(sys, "argv", ["uptrain_kv_heads.py", "--steps", str(steps), "--out", str(out)])
+        monkeypatch.setattr(
+            sys, "argv", ["uptrain_kv_heads.py", "--steps", str(steps), "--out", str(out)]
+        )
         uptrain.main()
         return json.loads(out.read_text())
 
@@ -31,7 +35,7 @@ def tiny(make_model, corpus, monkeypatch, tmp_path):
 def test_every_number_of_heads_is_recorded(tiny, capsys):
     record = tiny(5)
     assert list(record["runs"]) == ["4", "2", "1"]
-    assert record["command"] == "python scripts/uptrain_kv_heads.py --steps 5"
+    assert record["command"] == "python scripts/experiments/uptrain_kv_heads.py --steps 5"
     for run in record["runs"].values():
         assert [step for step, _ in run["curve"]] == [0, 2, 4, 5]
         assert run["curve"][-1][1] < run["curve"][0][1]  # it learns

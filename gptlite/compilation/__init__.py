@@ -1,0 +1,19 @@
+"""Faster arithmetic in the same model: Linears that stream their weights, attention that fuses; `fused_triton` on request."""
+
+from gptlite.compilation.linears import (
+    GemvLinear,
+    ReductionLinear,
+    load_kernels,
+    pack_weights,
+    reduction_attention,
+    single_query_attention,
+)
+
+__all__ = [
+    "GemvLinear",
+    "ReductionLinear",
+    "load_kernels",
+    "pack_weights",
+    "reduction_attention",
+    "single_query_attention",
+]

@@ -1,0 +1,124 @@
+"""What a step costs, counted: bytes moved, floating-point operations, operators launched."""
+
+from dataclasses import dataclass
+
+import torch
+
+from gptlite.model import GPTConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes read and written, floating-point operations, and operators launched; costs add up."""
+
+    bytes: int = 0
+    flops: int = 0
+    ops: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops, self.ops + other.ops)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for each byte: what decides whether memory or arithmetic sets the time."""
+        return self.flops / self.bytes
+
+
+def operator_costs(
+    config: GPTConfig,
+    Tq: int,
+    Tk: int,
+    B: int = 1,
+    dtype: torch.dtype = torch.float32,
+    last_only: bool = True,
+    cache: bool = True,
+) -> dict[str, Cost]:
+    """The cost of each operator, over all layers, when the model reads the last Tq of Tk tokens of B sequences.
+
+    An operator reads its inputs, weights included, and writes its output once. A multiply-add is 2 FLOPs; only matrix
+    products count, since what is done number by number is little beside them. Attention is one fused operator over the
+    whole rectangle Tq x Tk, as PyTorch counts it: a kernel that skips what the causal mask hides does up to half less
+    of it when Tq = Tk. The mask that `sdpa_attention` builds when 1 < Tq < Tk is not counted.
+    """
+    _check(config, Tq, Tk, B)
+    L, C, V, KV = (
+        config.n_layer,
+        config.n_embd,
+        config.vocab_size,
+        config.kv_heads * config.head_dim,
+    )
+    A, hidden = (
+        config.n_head * config.head_dim,
+        config.hidden,
+    )  # A is C, unless heads have been taken out
+    size, tokens = dtype.itemsize, B * Tq
+    last = B if last_only else tokens  # positions whose logits are wanted
+
+    def linear(rows: int, wide: int, out: int, bias: bool = True, times: int = L) -> Cost:
+        numbers = (wide + bias) * out + rows * (
+            wide + out
+        )  # weights once, however many rows; each row in and out
+        return Cost(times * numbers * size, times * 2 * rows * wide * out, times)
+
+    def elementwise(numbers: int, times: int = L) -> Cost:
+        return Cost(times * numbers * size, 0, times)
+
+    gathered = (
+        4 * tokens * C + 3 * Tq * C
+    )  # both kinds of rows read, written, read by the sum; the sum written
+    indices = 8 * (tokens + 2 * Tq)  # int64: tokens read, positions written and read
+    appended = (
+        2 * 2 * tokens * KV if cache else 0
+    )  # new keys and values, read and written into the cache
+    attended = (
+        2 * tokens * A + 2 * B * Tk * KV
+    )  # queries in, answers out; all keys and values, once for a group
+    return {
+        "embedding": Cost(gathered * size + indices, 0, 4),
+        "layer_norm": elementwise(2 * C + 2 * tokens * C, 2 * L)
+        + elementwise(2 * C + 2 * last * C, 1),
+        "c_attn": linear(tokens, C, A + 2 * KV),
+        "attention": Cost(
+            L * (appended + attended) * size, L * 4 * B * Tq * Tk * A, L * (3 if cache else 1)
+        ),
+        "attn.c_proj": linear(tokens, A, C),
+        "c_fc": linear(tokens, C, hidden),
+        "gelu": elementwise(2 * tokens * hidden),
+        "mlp.c_proj": linear(tokens, hidden, C),
+        "residual": elementwise(3 * tokens * C, 2 * L),  # two numbers in, their sum out
+        "lm_head": linear(last, C, V, bias=False, times=1),
+    }
+
+
+def prefill_cost(
+    config: GPTConfig, T: int, B: int = 1, dtype: torch.dtype = torch.float32
+) -> Cost:
+    """The cost of reading a prompt of T tokens into a cache, with the logits of its last token alone."""
+    return sum(operator_costs(config, T, T, B, dtype).values(), Cost())
+
+
+def decode_cost(
+    config: GPTConfig, context: int, B: int = 1, dtype: torch.dtype = torch.float32
+) -> Cost:
+    """The cost of one token with a cache, when `context` tokens, itself included, are attended to."""
+    return sum(operator_costs(config, 1, context, B, dtype).values(), Cost())
+
+
+def naive_cost(
+    config: GPTConfig, context: int, B: int = 1, dtype: torch.dtype = torch.float32
+) -> Cost:
+    """The cost of one token without a cache: all of `context` is computed anew."""
+    return sum(operator_costs(config, context, context, B, dtype, cache=False).values(), Cost())
+
+
+def _check(config: GPTConfig, Tq: int, Tk: int, B: int) -> None:
+    if B < 1:
+        raise ValueError(f"B is {B}, but must be at least 1.")
+    if not 1 <= Tk <= config.block_size:
+        raise ValueError(
+            f"the context is {Tk} tokens, but must be from 1 to block_size = {config.block_size}."
+        )
+    if not 1 <= Tq <= Tk:
+        raise ValueError(
+            f"there are {Tq} queries, but from 1 to the context's {Tk} are possible."
+        )

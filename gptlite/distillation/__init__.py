@@ -1,0 +1,30 @@
+"""A small model taught by a large one: the losses, and labels that are computed once and kept."""
+
+from gptlite.distillation.labels import LabelStore, label_bytes, spread_rest, write_labels
+from gptlite.distillation.losses import (
+    CoTraining,
+    Distillation,
+    Ensemble,
+    HiddenMatching,
+    forward_kl,
+    kl,
+    logit_mse,
+    mutual_loss,
+    reverse_kl,
+)
+
+__all__ = [
+    "CoTraining",
+    "Distillation",
+    "Ensemble",
+    "HiddenMatching",
+    "LabelStore",
+    "forward_kl",
+    "kl",
+    "label_bytes",
+    "logit_mse",
+    "mutual_loss",
+    "reverse_kl",
+    "spread_rest",
+    "write_labels",
+]

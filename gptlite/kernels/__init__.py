@@ -1,0 +1,1 @@
+"""The C++ kernels of several chapters, and what builds them where they run."""

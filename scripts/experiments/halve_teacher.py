@@ -1,0 +1,192 @@
+"""Halve the teacher in five ways, three seeds each, on the same number of characters, and record what each way loses.
+
+python scripts/experiments/halve_teacher.py [--steps 1200] [--out assets/results/pruning/halves.json]
+
+Half is half the layers, half the heads and half the width, whichever way. Trained on the text alone; distilled from the
+teacher; distilled step by step, each model the next one's teacher, through scales 0.9 ... 0.5, each from fresh weights;
+and cut out of the teacher, then trained on at a third of the learning rates, with the teacher and without. One more
+fresh half is distilled at these rates, to tell the head start from the rates. Beside these, with one seed, half the
+layers, heads and neurons in a stream that keeps its width, cut out and fresh. All see the same windows in the same
+order; the steps share them. Hours on two cores; runs that are recorded already under the same command are kept.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from recorded_runs import RecordedRuns
+from teaching import TAUGHT, TRAIN, Teaching
+
+from gptlite.corpus import sample_batch
+from gptlite.model import GPT
+from gptlite.pruning.structure import (
+    gradient_importance,
+    greedy_layers,
+    most_important,
+    scaled_config,
+    shrink,
+)
+from gptlite.train import next_token_loss
+
+OUT = Path(__file__).resolve().parents[2] / "assets" / "results" / "pruning" / "halves.json"
+SCALES = (0.9, 0.8, 0.7, 0.6, 0.5)
+SEEDS = (0, 1, 2)
+LOWER = 1 / 3  # of the learning rates: the full ones undo what a model has learned already
+CALIBRATION = 64  # batches of two windows of the text, to choose by
+
+
+class Halving(Teaching):
+    """The teacher, its labels, and the record of what was made of them."""
+
+    def __init__(self, steps: int, out: Path):
+        super().__init__(replace(TRAIN, steps=steps), "halves")
+        self.half = scaled_config(self.teacher.config, SCALES[-1])
+        command = f"python scripts/experiments/halve_teacher.py --steps {steps}"
+        facts = {"train": asdict(self.config), "scales": SCALES, "alpha": TAUGHT.alpha}
+        self.recorded = RecordedRuns(out, command=command, **facts)
+
+    def taught(self, model: GPT, name: str, seed: int, alpha: float, rate: float = 1.0) -> dict:
+        """Train a model by the labels, at a share of the usual learning rates, and what is recorded of it."""
+        config = replace(
+            self.config, lr=rate * self.config.lr, adamw_lr=rate * self.config.adamw_lr
+        )
+        log = self.train(
+            model, name, replace(TAUGHT, alpha=alpha), self.store.sample, seed, config
+        )
+        return self.measured(model, log)
+
+    def measured(self, model: GPT, log: dict) -> dict:
+        """What is recorded of a finished model."""
+        shape = {
+            name: getattr(model.config, name)
+            for name in ("n_layer", "n_head", "n_embd", "hidden")
+        }
+        curve = [*log["val_loss"], [len(log["train_loss"]), self.glimpse(model)]]
+        return {
+            **shape,
+            "parameters": model.n_params(),
+            "val_loss": self.loss(model),
+            "curve": curve,
+        }
+
+    def direct(self, seed: int, alpha: float, rate: float = 1.0) -> dict:
+        """Half the size from fresh weights, by the text alone (alpha 0) or by the teacher."""
+        torch.manual_seed(seed)
+        return self.taught(
+            GPT(self.half),
+            f"direct, alpha {alpha:g}, seed {seed}" + _rate(rate),
+            seed,
+            alpha,
+            rate,
+        )
+
+    def in_steps(self, seed: int) -> dict:
+        """Each scale's model from fresh weights, taught by the one before, for an equal share of the steps."""
+        share = replace(self.config, steps=self.config.steps // len(SCALES))
+        stages, before, sample = [], None, self.store.sample
+        for i, scale in enumerate(SCALES):
+            torch.manual_seed(seed)
+            model = GPT(scaled_config(self.teacher.config, scale))
+            loss, mine = (
+                replace(TAUGHT, teacher=before),
+                partial(_later, sample, i * share.steps),
+            )
+            log = self.train(model, f"in steps, {scale}, seed {seed}", loss, mine, seed, share)
+            stages.append({"scale": scale, **self.measured(model, log)})
+            before, sample = model.eval(), self.unlabelled
+        return {**stages[-1], "stages": stages}
+
+    def cut_out(self, seed: int, wide: bool) -> tuple[GPT, list[int]]:
+        """The model that is left without what the teacher can spare most, and the layers that stay.
+
+        Layers go first, one after another, then heads and neurons, and unless it stays wide, channels.
+        """
+        c = self.half
+        batches = [
+            sample_batch(self.corpus.train, self.T, 2, step, seed)
+            for step in range(CALIBRATION)
+        ]
+
+        @torch.no_grad()
+        def loss(model: GPT) -> float:
+            return sum(
+                next_token_loss(model, *batch).item() for batch in batches[: CALIBRATION // 4]
+            )
+
+        layers = greedy_layers(self.teacher, c.n_layer, loss)
+        model = shrink(self.teacher, layers)
+        found = gradient_importance(model, batches)
+        heads, neurons = (
+            most_important(found.heads, c.n_head),
+            most_important(found.neurons, c.hidden),
+        )
+        channels = None if wide else most_important(found.channels, c.n_embd)
+        return shrink(model, None, heads, neurons, channels), layers.tolist()
+
+    def cut(self, seed: int, teach: bool, rate: float = LOWER, wide: bool = False) -> dict:
+        """What was cut out of the teacher, trained on."""
+        model, layers = self.cut_out(seed, wide)
+        at_once = self.glimpse(model)
+        name = (
+            f"{'wide, ' if wide else ''}cut, {'taught' if teach else 'alone'}, seed {seed}"
+            + _rate(rate)
+        )
+        made = self.taught(model, name, seed, TAUGHT.alpha if teach else 0.0, rate)
+        return {**made, "layers": layers, "before_training": at_once}
+
+    def wide(self, seed: int) -> dict:
+        """The shape of what was cut out with its width, taught from fresh weights."""
+        config = self.cut_out(seed, wide=True)[0].config
+        torch.manual_seed(seed)
+        return self.taught(GPT(config), f"wide, seed {seed}", seed, TAUGHT.alpha)
+
+
+def _rate(rate: float) -> str:
+    """A share of the learning rates in the name of a run."""
+    return f", rate {rate:.2g}" if rate != 1 else ""
+
+
+def _later(
+    sample: Callable, before: int, tokens: torch.Tensor, T: int, B: int, step: int, seed: int
+) -> tuple:
+    """What is sampled after so many steps."""
+    return sample(tokens, T, B, before + step, seed)
+
+
+def main() -> None:
+    """Do what is not recorded yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    halving = Halving(args.steps, args.out)
+    ways: dict[str, Callable[[int], dict]] = {
+        "text alone": lambda seed: halving.direct(seed, 0.0),
+        "distilled": lambda seed: halving.direct(seed, TAUGHT.alpha),
+        "in steps": halving.in_steps,
+        "distilled at a third of the rate": lambda seed: halving.direct(
+            seed, TAUGHT.alpha, LOWER
+        ),
+        "cut, taught": lambda seed: halving.cut(seed, True),
+        "cut, text alone": lambda seed: halving.cut(seed, False),
+    }
+    once: dict[str, Callable[[int], dict]] = {
+        "cut, taught at the full rate": lambda seed: halving.cut(seed, True, 1.0),
+        "wide, distilled": halving.wide,
+        "wide, cut, taught": lambda seed: halving.cut(seed, True, wide=True),
+        "wide, cut, taught at the full rate": lambda seed: halving.cut(
+            seed, True, 1.0, wide=True
+        ),
+    }
+    for seed in SEEDS:
+        for way, do in (ways | once if seed == SEEDS[0] else ways).items():
+            name = f"{way}, seed {seed}"
+            loss = halving.recorded.run(name, partial(do, seed))["val_loss"]
+            print(f"{name}: {loss:.4f} nats a character", flush=True)
+
+
+if __name__ == "__main__":
+    main()

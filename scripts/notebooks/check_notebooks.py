@@ -1,0 +1,401 @@
+"""Check what the stored notebooks promise; print each fault as file, cell and one sentence.
+
+python scripts/notebooks/check_notebooks.py [NAME ...]      all of them if none is named; exit status 1 if there is a fault
+
+nbval runs every cell, but passes a notebook without any outputs; so what it compares with is checked here. Cells are
+numbered from 1, Markdown cells included.
+"""
+
+import argparse
+import ast
+import re
+import statistics
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import notebook_files
+import setup_cell
+from IPython.core.inputtransformer2 import TransformerManager
+from nbformat import NotebookNode
+
+MAX_LINES, MAX_BYTES = 25, 1_000_000
+Fault = tuple[int, str]  # the cell's number, 0 for the notebook as a whole, and a sentence
+
+# what nbval does not compare (conftest.py); a cell whose outputs are all of these kinds is checked for nothing
+NOT_COMPARED = {"image/png", "image/jpeg", "image/svg+xml", "text/html"}
+SHOWS = {"show", "say", "table", "figure", "machine_line", "print", "display"}
+
+# a number and a unit of time, size, rate, ratio or loss; formulae and code are cut out of the text before
+NUMBER = r"(?<![\w.#/])(?<![A-Za-z]-)(?!(?:19|20)\d\ds)[~<>±+−-]?\d[\d,.]*\s?-?"
+UNIT = (
+    r"(?:[nµμum]?s|secs?|seconds?|min|minutes?|h|hours?|[kMG]?Hz|[kKMGTP]i?B|(?:kilo|mega|giga|tera)bytes?"
+    r"|[kMGTP]FLOPs?|[kMGT]OPs?|tok|nats?|%|percent|per cent)(?:/\w+|\s(?:per|a|an)\s\w+)?"
+)
+RATE = (
+    r"(?:tokens?|characters?|steps?|bytes?|FLOPs?|operations?|words?|samples?)(?:/|\s(?:per|a|each)\s)"
+    r"(?:s|second|ms|minute|min|hour)"
+)
+FACTOR = r"(?:times|fold|x(?!\s*\d)|×(?!\s*\d))"
+MEASUREMENT = re.compile(rf"{NUMBER}(?:{RATE}|{UNIT}|{FACTOR})(?![\w/])")
+CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
+
+
+def setup(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """The setup cell and the Colab link are as _config.yml says."""
+    for sentence in setup_cell.differences(notebook, path.name):
+        yield 0, sentence
+
+
+def counts(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """The code cells ran once each, in order, in a fresh kernel; only the first that did not is named."""
+    cells = _code(notebook)
+    yield from (
+        (number, "the code cell is empty; delete it.")
+        for number, cell in cells
+        if not cell.source.strip()
+    )
+    wrong = [
+        (n, cell.execution_count, i)
+        for i, (n, cell) in enumerate(cells, 1)
+        if cell.execution_count != i
+    ]
+    if wrong:
+        number, count, expected = wrong[0]
+        yield (
+            number,
+            f"the execution count is {count}, not {expected}; re-execute the notebook.",
+        )
+
+
+def length(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """A code cell fits the screen."""
+    for number, cell in _code(notebook):
+        lines = len(cell.source.splitlines())
+        if lines > MAX_LINES:
+            yield (
+                number,
+                f"the code cell has {lines} lines, but at most {MAX_LINES} may stand in one.",
+            )
+
+
+def title(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """One title, at the very top."""
+    first = notebook.cells[0] if notebook.cells else None
+    if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
+        yield 1, "the first cell is not Markdown that begins with the title (`# ...`)."
+    for number, cell in _markdown(notebook):
+        text = _without_code(cell.source)
+        if len(re.findall(r"^# ", text, re.MULTILINE)) > (number == 1):
+            yield number, "there is a second title (`# ...`); sections begin with `##`."
+
+
+def prose(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """No measurement is typed by hand: a cell computes it and `say` prints it.
+
+    A Markdown cell tagged `published` may quote numbers, if it links or cites where they were published.
+    """
+    for number, cell in _markdown(notebook):
+        if "published" in cell.metadata.get("tags", []):
+            if not re.search(r"\]\(https?://|<https?://", cell.source):
+                yield number, "the cell is tagged `published`, but links to no publication."
+            continue
+        for match in MEASUREMENT.finditer(_plain(cell.source)):
+            yield (
+                number,
+                f"the measurement “{match[0].strip()}” is typed; compute it in a cell and print it with `say`.",
+            )
+
+
+def alt_text(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """Every image says what it shows, and none is fetched from another host."""
+    for number, cell in _markdown(notebook):
+        yield from ((number, fault) for fault in _images(_without_code(cell.source)))
+    for number, output in _outputs(notebook):
+        data, metadata = output.get("data", {}), output.get("metadata", {})
+        texts = [_text(data.get("text/html", "")), _text(data.get("image/svg+xml", ""))]
+        texts.append(_without_code(_text(data.get("text/markdown", ""))))
+        yield from ((number, fault) for text in texts for fault in _images(text))
+        for mime in sorted({"image/png", "image/jpeg", "image/gif"} & data.keys()):
+            if not {**metadata, **metadata.get(mime, {})}.get("alt", "").strip():
+                yield (
+                    number,
+                    f"the {mime} output has no alt text; display the figure with gptlite.show.figure.",
+                )
+
+
+def outputs(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """Stored outputs are there, are of a run without errors or warnings, and show nothing of the machine's own."""
+    for number, cell in _code(notebook):
+        tagged = "nbval-check-output" in cell.metadata.get("tags", [])
+        if tagged and not cell.outputs and cell.execution_count:
+            yield (
+                number,
+                "the cell is tagged nbval-check-output, but has no output to compare with.",
+            )
+        elif (
+            tagged
+            and cell.outputs
+            and all(o.get("data", {}) and set(o.data) <= NOT_COMPARED for o in cell.outputs)
+        ):
+            yield (
+                number,
+                "the cell is tagged nbval-check-output, but nbval compares none of its kinds of output.",
+            )
+        elif not cell.outputs and cell.execution_count and _should_show(cell.source):
+            yield (
+                number,
+                "the cell displays something, but no output is stored; re-execute the notebook.",
+            )
+    for number, output in _outputs(notebook):
+        if output.output_type == "error":
+            yield number, f"the stored output is an error ({output.ename}: {output.evalue})."
+        if output.get("name") == "stderr":
+            yield (
+                number,
+                f"the cell wrote to stderr ({_text(output.text).strip().partition(chr(10))[0]}).",
+            )
+        text = _text(output.get("text", "")) + "".join(
+            _text(t)
+            for mime, t in output.get("data", {}).items()
+            if not mime.startswith("image/")
+        )
+        if match := re.search(r"\bat 0x[0-9a-f]{6,}", text):
+            yield (
+                number,
+                f"the output shows a memory address ({match[0]}), which differs in every run.",
+            )
+        if match := re.search(
+            r"(?<![\w.])/(?:home|root|Users|work|tmp|private|mnt)/[\w./-]+", text
+        ):
+            yield number, f"the output shows a path of one machine ({match[0]})."
+
+
+def myst(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """Plain Markdown only: Colab shows roles and directives as raw text."""
+    texts = [(number, cell.source) for number, cell in _markdown(notebook)]
+    texts += [
+        (number, _text(output.get("data", {}).get("text/markdown", "")))
+        for number, output in _outputs(notebook)
+    ]
+    for number, text in texts:
+        plain = _without_fences_and_math(text)
+        found = re.search(r"^ *(?:`{3,}|~{3,}|:{3,})\{[\w:.-]+\}", text, re.MULTILINE)
+        found = found or re.search(r"^\([\w-]+\)=$", plain, re.MULTILINE)
+        for span in CODE_SPAN.finditer(
+            plain
+        ):  # a role is a name in braces right before code: {cite}`this`
+            found = found or re.search(r"\{[a-zA-Z][\w:.+-]*\}$", plain[: span.start()])
+        if found:
+            yield (
+                number,
+                f"“{found[0].strip()}” is MyST, which Colab shows as raw text; use plain Markdown.",
+            )
+
+
+def size(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
+    """The file stays small."""
+    if path.stat().st_size >= MAX_BYTES:
+        yield (
+            0,
+            f"the file has {path.stat().st_size} bytes, but must have fewer than {MAX_BYTES}.",
+        )
+
+
+RULES = (setup, counts, length, title, prose, alt_text, outputs, myst, size)
+
+
+def names(
+    notebooks: dict[Path, NotebookNode], package: Path
+) -> Iterator[tuple[Path, int, str]]:
+    """No function or class is defined twice in the notebooks, or in a notebook and in the package."""
+    where = {}
+    for module in sorted(package.rglob("*.py")):
+        for name in _defined(ast.parse(module.read_text(encoding="utf-8"))):
+            where[name] = f"gptlite/{module.relative_to(package).as_posix()}"
+    for path, notebook in notebooks.items():
+        for number, cell in _code(notebook):
+            for name in _defined(_tree(cell.source)):
+                if name in where:
+                    yield (
+                        path,
+                        number,
+                        f"{name} is already defined in {where[name]}; import it or name this otherwise.",
+                    )
+                else:
+                    where[name] = f"{path.name}, cell {number}"
+
+
+def check(paths: list[Path], package: Path = notebook_files.ROOT / "gptlite") -> list[str]:
+    """All faults of the notebooks at `paths`, as they are printed."""
+    notebooks, faults = {}, []
+    for path in paths:
+        notebook = _read(path)
+        if isinstance(notebook, str):
+            faults.append((path, 0, notebook))
+        else:
+            notebooks[path] = notebook
+    for path, notebook in notebooks.items():
+        faults += [
+            (path, number, sentence)
+            for rule in RULES
+            for number, sentence in rule(notebook, path)
+        ]
+    faults += names(notebooks, package)
+    return [
+        f"{path.name}{f', cell {number}' if number else ''}: {sentence}"
+        for path, number, sentence in faults
+    ]
+
+
+def _read(path: Path) -> NotebookNode | str:
+    """The notebook, or what is wrong with the file."""
+    try:
+        return notebook_files.read(path)
+    except ValueError as error:
+        return str(error)
+
+
+def _code(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
+    return [(i, cell) for i, cell in enumerate(notebook.cells, 1) if cell.cell_type == "code"]
+
+
+def _markdown(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
+    return [
+        (i, cell) for i, cell in enumerate(notebook.cells, 1) if cell.cell_type == "markdown"
+    ]
+
+
+def _outputs(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
+    return [(number, output) for number, cell in _code(notebook) for output in cell.outputs]
+
+
+def _text(value: str | list[str]) -> str:
+    """Text of an output, which a notebook may store as a list of lines."""
+    return value if isinstance(value, str) else "".join(value)
+
+
+def _without_fences_and_math(text: str) -> str:
+    text = re.sub(
+        r"^( *)(`{3,}|~{3,}).*?(?:^ *\2|\Z)", "", text, flags=re.MULTILINE | re.DOTALL
+    )
+    text = re.sub(r"\$\$.*?\$\$|\\begin\{(\w+\*?)\}.*?\\end\{\1\}", " ", text, flags=re.DOTALL)
+    return re.sub(
+        r"(?<![\\\d\w])\$(?=\S)[^$\n]*(?:\n(?!\n)[^$\n]*)*?(?<=\S)\$(?!\d)", " ", text
+    )
+
+
+def _without_code(text: str) -> str:
+    """Markdown without code, and without what stands in formulae."""
+    return CODE_SPAN.sub(" ", _without_fences_and_math(text))
+
+
+def _plain(text: str) -> str:
+    """What a reader reads as prose: no code, no formulae, no addresses, no tags."""
+    text = re.sub(r"\]\([^)]*\)|<https?:[^>]*>|https?://\S+", " ", _without_code(text))
+    text = re.sub(r"<!--.*?-->|<[a-zA-Z/][^>]*>", " ", text, flags=re.DOTALL)
+    return (
+        text.replace("\u00a0", " ")
+        .replace("\u202f", " ")
+        .replace("*", "")
+        .replace("&nbsp;", " ")
+    )
+
+
+def _images(text: str) -> Iterator[str]:
+    """Faults of the images in Markdown or HTML."""
+    for alt, address in re.findall(r"!\[([^\]]*)\]\(([^)\s]*)", text):
+        if not alt.strip():
+            yield f"the image {address} has no alt text."
+        if address.startswith(("http:", "https:", "//")):
+            yield f"the image {address} would be fetched from another host by everyone who reads the page."
+    for tag in re.findall(r"<img\b[^>]*>", text):
+        if not re.search(r"""\balt=(?:"[^"]*\S[^"]*"|'[^']*\S[^']*')""", tag):
+            yield f"the image {tag[:60]} has no alt text."
+        if re.search(r"""\bsrc=["']?(?:https?:)?//""", tag):
+            yield f"the image {tag[:60]} would be fetched from another host by everyone who reads the page."
+    for tag in re.findall(r"<svg\b[^>]*>", text):
+        described = re.search(r'\brole="img"', tag) and re.search(
+            r'\baria-label="[^"]*\S[^"]*"', tag
+        )
+        if not described and 'aria-hidden="true"' not in tag:
+            yield 'the drawing <svg> has no role="img" with an aria-label; display it with gptlite.show.figure.'
+
+
+def _tree(source: str) -> ast.Module:
+    """The syntax tree of a cell, magics included; an empty one if it is not Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # a doubtful escape is for whoever runs the cell to see
+            return ast.parse(TransformerManager().transform_cell(source))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def _defined(tree: ast.Module) -> list[str]:
+    """Functions and classes that a cell or module defines at its top level, under `if`, `try` and `with` too."""
+    found, open_nodes = [], list(tree.body)
+    while open_nodes:
+        node = open_nodes.pop(0)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.append(node.name)
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
+            open_nodes = [
+                child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)
+            ] + open_nodes
+    return found
+
+
+def _should_show(source: str) -> bool:
+    """Whether a cell surely displays something: it calls a function that does, or ends with a value."""
+    body = _tree(source).body
+    calls = [
+        node.value
+        for node in body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ]
+    if any(getattr(call.func, "id", "") in SHOWS for call in calls):
+        return True
+    last = body[-1] if body else None
+    ends_with_value = isinstance(last, ast.Expr) and not isinstance(
+        last.value, (ast.Call, ast.Await)
+    )
+    return ends_with_value and not source.rstrip().endswith(";")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 if there is no fault."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a notebook, such as kv_cache; all if none is named",
+    )
+    paths = notebook_files.find(parser.parse_args(arguments).names)
+    faults = check(paths)
+    if faults:
+        print("\n".join(faults))
+        print(
+            f"{len(faults)} fault{'s' * (len(faults) > 1)} in {len(paths)} notebook{'s' * (len(paths) > 1)}."
+        )
+        return 1
+    for path in paths:
+        cells = [len(cell.source.splitlines()) for _, cell in _code(notebook_files.read(path))][
+            1:
+        ]
+        median = statistics.median(cells) if cells else 0
+        print(
+            f"{path.name}: {len(cells) + 1} code cells, median {median:g} lines, {path.stat().st_size / 1e3:.0f} kB."
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"check_notebooks: {error}")

@@ -1,0 +1,398 @@
+"""A Sphinx extension: computed facts on pages without code, MathJax beside the pages, the address of the site.
+
+No number is typed by hand: `{trained}` and the two directives read the checkpoints and the recorded results.
+"""
+
+import gzip
+import importlib.util
+import json
+import math
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+from safetensors import safe_open
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+from sphinx.util.docutils import SphinxRole
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = ROOT / "assets" / "checkpoints"
+RECORDS = ROOT / "assets" / "results" / "training"
+NANOGPT_TOKENS = (
+    5000 * 64 * 256
+)  # max_iters * batch_size * block_size of its config/train_shakespeare_char.py
+
+
+def runs() -> dict[str, Path]:
+    """The files that training runs left, by name: checkpoints, and records without weights."""
+    return {
+        path.stem: path
+        for path in sorted([*CHECKPOINTS.glob("*.safetensors"), *RECORDS.glob("*.json")])
+    }
+
+
+def run_info(name: str) -> dict[str, Any]:
+    """What a run of `gptlite.train` says of itself, in its checkpoint or, where no weights were kept, in its record."""
+    path = runs().get(name)
+    if path is None:
+        raise ExtensionError(
+            f"no training run is called {name!r}; known are {', '.join(runs()) or 'none'}"
+        )
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    with safe_open(path, framework="numpy") as file:
+        info = json.loads(file.metadata()["info"])
+        info["parameters"] = sum(
+            math.prod(file.get_slice(key).get_shape()) for key in file.keys()
+        )
+    return info
+
+
+def facts(name: str) -> dict[str, str]:
+    """The facts of a checkpoint that a page may quote, as text."""
+    info = run_info(name)
+    train, config = info["train"], info["config"]
+    parts = [
+        (train, train["steps"])
+    ]  # a run that began with the weights of another has seen that one's tokens, too
+    if "start" in info:
+        parts.append((info["start"]["train"], info["start"]["steps"]))
+    tokens = sum(steps * of["batch_size"] for of, steps in parts) * config["block_size"]
+    machine, dtype = info["machine"], info["machine"]["dtype"].removeprefix("torch.")
+    return {
+        "loss": f"{info['val_loss']:.3f}",
+        "bits": f"{info['val_loss'] / math.log(2):.3f}",
+        "parameters": f"{info['parameters'] / 1e6:.1f} M",
+        "steps": f"{train['steps']:,}",
+        "lengths": " and then ".join(
+            f"{n:,}" for _, n in [*info["log"].get("prolonged", []), [0, train["steps"]]]
+        ),
+        "batch": f"{train['batch_size']} × {config['block_size']}",
+        "tokens": f"{tokens / 1e6:.1f} M",
+        "tokens_per_parameter": f"{tokens / info['parameters']:.1f}",
+        "of_nanogpt": f"{100 * tokens / NANOGPT_TOKENS:.0f}%",
+        "compute": f"{6 * info['parameters'] * tokens / 1e15:.2f} PFLOP",
+        "warmup": f"{train['warmup']}",
+        "decay_from": f"{100 * train['decay_from']:.0f}%",
+        "lr": f"{train['lr']:g}",
+        "adamw_lr": f"{train['adamw_lr']:g}",
+        "weight_decay": f"{train['weight_decay']:g}",
+        "dropout": f"{config['dropout']:g}",
+        "penalty": f"{info.get('confidence_penalty', 0):g}",
+        "minutes": f"{info['log']['seconds'] / 60:.0f}",
+        "corpus": info["corpus"],
+        "machine": f"{machine['device']}, torch {machine['torch']}, {dtype}",
+        "date": info["date"],
+        "command": info["command"],
+    }
+
+
+class TrainedRole(SphinxRole):
+    """{trained}`teacher loss`: one fact of a checkpoint."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The fact as text, or as code if it is a command."""
+        name, _, fact = self.text.partition(" ")
+        known = facts(name)
+        if fact not in known:
+            raise ExtensionError(f"{name} has no fact {fact!r}; known are {', '.join(known)}")
+        self.env.note_dependency(str(runs()[name]))
+        kind = nodes.literal if fact == "command" else nodes.inline
+        return [kind(known[fact], known[fact])], []
+
+
+class MarkdownDirective(Directive):
+    """A directive whose content is Markdown that a function of this module computes."""
+
+    has_content = False
+    optional_arguments = 1
+    final_argument_whitespace = True
+
+    def markdown(self) -> list[str]:
+        """The lines to show."""
+        raise NotImplementedError
+
+    def run(self) -> list[nodes.Node]:
+        """The parsed lines."""
+        container = nodes.container()
+        self.state.nested_parse(
+            StringList(self.markdown(), source=type(self).__name__),
+            self.content_offset,
+            container,
+        )
+        return container.children
+
+
+class Checkpoints(MarkdownDirective):
+    """```{checkpoints}```: a table of every checkpoint that comes with the book, and of the runs recorded without."""
+
+    def markdown(self) -> list[str]:
+        """One row a checkpoint, and the commands below."""
+        names = sorted(
+            runs(), key=lambda n: (runs()[n].suffix == ".json", -run_info(n)["parameters"])
+        )
+        rows = {name: facts(name) for name in names}
+        lines = [
+            "| | parameters | corpus | tokens seen | nats a character, held out | bits | minutes |"
+        ]
+        lines.append("|:--|--:|:--|--:|--:|--:|--:|")
+        for name, f in rows.items():
+            cells = [
+                f"`{name}`",
+                f["parameters"],
+                f["corpus"],
+                f["tokens"],
+                f["loss"],
+                f["bits"],
+                f["minutes"],
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", "The commands that made them:", "", "```bash"]
+        for f in rows.values():
+            lines += [f"# {f['corpus']}, {f['machine']}, {f['date']}"]
+            for command in f["command"].splitlines():
+                parts = textwrap.wrap(
+                    command, 78, subsequent_indent="    ", break_on_hyphens=False
+                )
+                lines += " \\\n".join(parts).splitlines()
+        return [*lines, "```"]
+
+
+class TrainingCurve(Directive):
+    """```{training-curve} teacher```: the losses that a checkpoint's log holds, drawn."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The figure as inline SVG in the page's own text colour."""
+        return [nodes.raw("", training_curve(self.arguments[0]), format="html")]
+
+
+def learning_rates(info: dict[str, Any]) -> list[float]:
+    """The learning rate of each step as a share of the highest, on the schedule of the length that it then had."""
+    from gptlite.train import TrainConfig, lr_factor
+
+    rates: list[float] = []
+    lengths = [*info["log"].get("prolonged", []), [info["train"]["steps"]] * 2]
+    for reached, steps in lengths:
+        config = TrainConfig(**{**info["train"], "steps": steps})
+        rates += [lr_factor(step, config) for step in range(len(rates), reached)]
+    return rates
+
+
+def training_curve(name: str) -> str:
+    """An HTML figure of training and held-out loss over the steps."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    from gptlite import show
+
+    info = run_info(name)
+    log, steps = info["log"], info["train"]["steps"]
+    losses = log["train_loss"]
+    show.style()
+    fig, ax = plt.subplots(figsize=(6.2, 3.2))
+    window = max(1, steps // 100)
+    smooth = [
+        sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1])
+        for i in range(len(losses))
+    ]
+    ax.plot(
+        range(1, len(losses) + 1),
+        smooth,
+        color=show.COLORS["blue"],
+        label=f"training, mean of {window} steps",
+    )
+    if log["val_loss"]:
+        ax.plot(
+            *zip(*log["val_loss"], strict=True),
+            "o-",
+            color=show.COLORS["orange"],
+            label="a part of the held-out text",
+        )
+    ax.plot(
+        steps, info["val_loss"], "s", color=show.COLORS["red"], label="all of it, at the end"
+    )
+    rates = learning_rates(info)
+    ax.fill_between(
+        range(1, steps + 1),
+        [0.3 * rate for rate in rates],
+        color="black",
+        alpha=0.08,
+        lw=0,
+        transform=ax.get_xaxis_transform(),
+        label="learning rate (no scale)",
+    )
+    ax.set(xlabel="step", ylabel="loss, nats a character", xlim=(0, steps * 1.01))
+    low = min(losses[-1], info["val_loss"])
+    ax.set_ylim(low - 0.15, min(max(losses), low + 1.6))
+    ax.legend()
+    alt = (
+        f"Training and held-out loss of the {name} over {steps} steps. Shaded, the learning rate: high at first, then "
+        f"falling in a straight line{' and, after it was raised once more, again' if 'prolonged' in log else ''}. "
+        f"The held-out loss ends at {info['val_loss']:.3f} nats a character."
+    )
+    markup = show.figure_html(fig, alt)
+    plt.close(fig)
+    return markup
+
+
+class RecordedResults(Directive):
+    """```{recorded-results}```: every measurement in assets/results, a section for each machine."""
+
+    def run(self) -> list[nodes.Node]:
+        """The sections."""
+        from gptlite import results
+
+        sections: list[nodes.Node] = []
+        for stem, recorded in results.load().items():
+            title = results.machine_title(recorded.machine)
+            section = nodes.section("", nodes.title(title, title), ids=[stem], names=[stem])
+            lines = StringList(results_of_machine(recorded), source="recorded-results")
+            self.state.nested_parse(lines, self.content_offset, section)
+            sections.append(section)
+        return sections or [nodes.paragraph("", "No results have been recorded yet.")]
+
+
+def results_of_machine(recorded: Any) -> list[str]:
+    """The Markdown lines of one `gptlite.results.Results`: the calibration, the measurements, how to repeat them."""
+    from gptlite.units import quantity
+
+    machine = recorded.machine
+    rates = ", ".join(
+        f"{quantity(rate / 1e9, 'GFLOP/s')} in {dtype}" for dtype, rate in machine.flops.items()
+    )
+    lines = [
+        f"Calibrated on {machine.date} with torch {machine.torch}: reads memory at "
+        f"{quantity(machine.read_bandwidth / 1e9, 'GB/s')}, multiplies matrices at {rates}, and takes "
+        f"{quantity(machine.overhead, 's')} to start an operator.",
+        "",
+        "| | median | quartiles | measured | with torch |",
+        "|:--|--:|--:|--:|--:|",
+    ]
+    for m in recorded.measurements.values():
+        context = ", ".join(
+            f"{key} {value}" for key, value in m.context.items() if str(value) not in m.metric
+        )
+        name = m.metric + (f" ({context})" if context else "")
+        spread = (
+            f"{quantity(m.low, m.unit)} to {quantity(m.high, m.unit)}" if m.low < m.high else ""
+        )
+        lines.append(
+            f"| {name} | {quantity(m.value, m.unit)} | {spread} | {m.date} | {m.torch} |"
+        )
+    commands = dict.fromkeys(m.command for m in recorded.measurements.values() if m.command)
+    return (
+        [*lines, "", "To measure it again:", "", "```bash", *commands, "```"]
+        if commands
+        else lines
+    )
+
+
+class TryIt(Directive):
+    """```{try-it}```: the model in the page, with the sizes of what it downloads, or why it is not there."""
+
+    def run(self) -> list[nodes.Node]:
+        """The app's HTML, or its fallback where the model was left out of this build."""
+        return [nodes.raw("", try_it(ROOT / "_build" / "apps" / "try_it"), format="html")]
+
+
+def try_it(app: Path) -> str:
+    """The HTML of the app that `scripts/site/static_apps.py` put into a folder, or of the fallback if it is not there."""
+    from gptlite.units import quantity
+
+    source = ROOT / "assets" / "try_it"
+    if not (app / "models" / "models.json").exists():
+        return (source / "fallback.html").read_text(encoding="utf-8")
+    models = json.loads((app / "models" / "models.json").read_text(encoding="utf-8"))["models"]
+    runtime = (app / "ort" / "ort-wasm-simd-threaded.wasm").read_bytes()
+    facts = {name: quantity(model["bytes"], "bytes") for name, model in models.items()}
+    facts["runtime"] = quantity(len(runtime), "bytes")
+    facts["runtime compressed"] = quantity(len(gzip.compress(runtime, 6)), "bytes")
+    facts["runtime bytes"] = str(len(runtime))
+    text = (source / "app.html").read_text(encoding="utf-8").partition("-->")[2]
+    return re.sub(r"\{\{([^}]*)\}\}", lambda place: facts[place[1]], text)
+
+
+def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
+    """Say what a hidden cell is: code, or the NAME of a first line `#@title NAME` (Colab's way), which is dropped."""
+    for cell in doctree.findall(nodes.container):
+        if cell.get("hide_mode") == "input":
+            cell["prompt_show"] = cell["prompt_hide"] = "Code"
+        code = next(cell.findall(nodes.literal_block), None) if cell.get("hide_mode") else None
+        first, _, rest = code.astext().partition("\n") if code else ("", "", "")
+        if first.startswith("#@title "):
+            cell["prompt_show"] = cell["prompt_hide"] = first.removeprefix("#@title ").strip()
+            code.rawsource, code.children = rest, []
+            code += nodes.Text(rest)
+
+
+def set_addresses(app: Sphinx, config: Any) -> None:
+    """Where the site will be: on the pages of the repository that `_config.yml` names, unless it is said elsewhere."""
+    owner, repository = config.html_theme_options["repository_url"].rstrip("/").split("/")[-2:]
+    site = f"https://{owner.lower()}.github.io/{repository}/"
+    config.html_baseurl = config.html_baseurl or site
+    config.ogp_site_url = config.ogp_site_url or config.html_baseurl
+
+
+def name_list_items(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Call the entries of a bibliography items of its list, as screen readers expect; docutils has an older role."""
+    if "citation-list" in context.get("body", ""):
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
+def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Put MathJax beside the pages, so that reading asks no other host: one script and its fonts, of 24 MB shipped."""
+    if error or app.builder.format != "html":
+        return
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if spec is None or spec.origin is None:
+        raise ExtensionError("MathJax is missing; pip install sphinx-mathjax-offline")
+    source, target = (
+        Path(spec.origin).parent / "static" / "mathjax",
+        Path(app.outdir) / "_static" / "mathjax",
+    )
+    fonts = "output/chtml/fonts/woff-v2"
+    shutil.copytree(source / fonts, target / fonts, dirs_exist_ok=True)
+    shutil.copy(source / "tex-chtml.js", target)
+    extensions = "input/tex/extensions"  # TeX packages that a formula asks for by using them
+    shutil.copytree(source / extensions, target / extensions, dirs_exist_ok=True)
+
+
+def lighten(app: Sphinx, error: Exception | None) -> None:
+    """Take from the site what no reader needs: 1.5 MB of icons as a script (the style has them as fonts), maps."""
+    static = Path(app.outdir) / "_static"
+    if error or not static.exists():
+        return
+    icons = static / "scripts" / "fontawesome.js"
+    if icons.exists():
+        icons.write_text("// The icons are in vendor/fontawesome/webfonts.\n", encoding="utf-8")
+    for surplus in [*static.rglob("*.map"), *static.glob("*webpack-macros.html")]:
+        surplus.unlink()
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    sys.path.insert(0, str(ROOT))
+    app.add_role("trained", TrainedRole())
+    app.add_directive("checkpoints", Checkpoints)
+    app.add_directive("training-curve", TrainingCurve)
+    app.add_directive("recorded-results", RecordedResults)
+    app.add_directive("try-it", TryIt)
+    app.connect("config-inited", set_addresses, priority=900)
+    app.connect("doctree-read", name_folded_cells)
+    app.connect("html-page-context", name_list_items)
+    app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", lighten)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
