@@ -43,6 +43,7 @@ test: $(READY) ## every test: unit, notebooks re-executed, built site, browser (
 
 check: $(READY) ## unit tests and notebook checks alone, in under 2 minutes
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) scripts/notebooks/check_notebooks.py
 	$(PYTEST) -n 2 --dist loadfile -m "not site and not browser and not notebook and not slow" tests
 

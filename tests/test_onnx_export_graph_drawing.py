@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from test_graphs import CONFIG, perceptron
+from test_onnx_export_graphs import CONFIG, perceptron
 
 from gptlite.model import Block, naive_attention
 from gptlite.onnx_export import graph_drawing
