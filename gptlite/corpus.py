@@ -107,7 +107,7 @@ def load_corpus(name: str | Path = "plays") -> Corpus:
     return Corpus(str(name), train, val, tokenizer)
 
 
-def windows(tokens: Tensor, T: int, B: int) -> Iterator[tuple[Tensor, Tensor]]:
+def windows(tokens: Tensor, *, T: int, B: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All of `tokens` once, in order, as batches of inputs (<=B, T) and the tokens that follow each (<=B, T).
 
     The windows do not overlap, so a position is predicted from 0 to T - 1 tokens before it; the last incomplete

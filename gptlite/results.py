@@ -94,8 +94,8 @@ def record(
         re.sub(r"[^a-z0-9]+", "-", machine_title(machine).lower()).strip("-") + ".json"
     )
     known = _read(path).measurements if path.exists() else {}
-    stamp = {"date": time.strftime("%Y-%m-%d"), "torch": machine.torch}
-    known |= {m.metric: replace(m, **stamp) for m in measurements}
+    today = time.strftime("%Y-%m-%d")
+    known |= {m.metric: replace(m, date=today, torch=machine.torch) for m in measurements}
     content = {"machine": asdict(machine), "measurements": [asdict(m) for m in known.values()]}
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return path
@@ -104,6 +104,33 @@ def record(
 def load(folder: Path = FOLDER) -> dict[str, Results]:
     """All recorded results by the stem of their file; a ValueError names a file that is broken, and what is wrong."""
     return {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def runs(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """The record of an experiment of many runs, such as "distillation/students".
+
+    Under "runs" it has what each run found, by the run's name; beside them the "command" that
+    made them, their "machine" and "date", and the parameters that all of them share. What
+    writes it is `RecordedRuns` in scripts/experiments. A FileNotFoundError names the records
+    that there are, and a ValueError says what is wrong with a file that is not whole.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        records = (p.relative_to(folder).with_suffix("") for p in folder.glob("*/*.json"))
+        known = sorted(record.as_posix() for record in records)
+        raise FileNotFoundError(
+            f"there is no record {path}; known are {', '.join(known) or 'none'}."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON and broken UTF-8 are ValueErrors
+        raise ValueError(f"{path} is not a record of runs ({error}).") from None
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict):
+        raise ValueError(f"{path} is not a record of runs (it has no runs).")
+    for key in ("command", "machine", "date"):
+        if key not in content:
+            raise ValueError(f"{path} is not a record of runs (it has no {key}).")
+    return content
 
 
 def _read(path: Path) -> Results:
@@ -121,14 +148,15 @@ def _read(path: Path) -> Results:
     return Results(machine, by_metric)
 
 
-def table(
+def beside_the_book(
     machine: Machine,
     measurements: Iterable[Measurement],
     recorded: dict[str, Results] | None = None,
 ) -> str:
     """A Markdown table of measurements made here beside the same metrics in the book's records.
 
-    A column for each recorded machine that has one of them, and in it how many times as much was measured here.
+    It has a column for each recorded machine that has one of them, and in it how many times as
+    much was measured here.
     """
     here = {m.metric: m for m in measurements}
     recorded = load() if recorded is None else recorded

@@ -105,7 +105,7 @@ def evaluate(
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     total = count = 0.0
-    for x, y in windows(tokens, T, B):
+    for x, y in windows(tokens, T=T, B=B):
         total += loss_fn(model, x.to(device), y.to(device)).item() * len(x)
         count += len(x)
     model.train(was_training)
@@ -306,7 +306,7 @@ def train(
     T = model.config.block_size
     if eval_every:
         next(
-            windows(corpus.val, T, 1)
+            windows(corpus.val, T=T, B=1)
         )  # a text that is too short is refused now, not when it is needed
     run = Run(model, corpus, config, loss_fn, dtype, compile, recipe or {}, sample, before_step)
     if state_path and state_path.exists():
@@ -377,7 +377,7 @@ def main(argv: Iterable[str] | None = None) -> None:
             torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     corpus = load_corpus(args.corpus)
     next(
-        windows(corpus.val, model_config.block_size, 1)
+        windows(corpus.val, T=model_config.block_size, B=1)
     )  # refuses a text that is too short to be evaluated on
     torch.manual_seed(config.seed)
     model = GPT(replace(model_config, vocab_size=len(corpus.tokenizer))).to(device)

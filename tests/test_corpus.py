@@ -465,9 +465,9 @@ def test_windows_cover_every_whole_window_once_in_order(N, T, B):
             f"the text has {N} tokens, but one window of {T} and its targets needs {T + 1}."
         )
         with pytest.raises(ValueError, match=re.escape(message)):
-            list(windows(tokens, T, B))
+            list(windows(tokens, T=T, B=B))
         return
-    batches = list(windows(tokens, T, B))
+    batches = list(windows(tokens, T=T, B=B))
     x, y = (torch.cat(part) for part in zip(*batches, strict=True))
     n = (N - 1) // T
     assert torch.equal(x.flatten(), torch.arange(n * T))

@@ -65,7 +65,7 @@ def check(x, log_p, teacher, k):
 
 
 def test_every_window_has_its_own_labels(store, corpus, teacher):
-    expected = list(windows(corpus.train, T, 1))
+    expected = list(windows(corpus.train, T=T, B=1))
     assert len(store) == len(expected) == len([store[i] for i in range(len(store))])
     for i, (x, y) in enumerate(expected):
         mine = store[i]

@@ -13,11 +13,12 @@ from gptlite.bench import ratio, timing
 from gptlite.results import (
     Measurement,
     Results,
+    beside_the_book,
     load,
     machine_title,
     measurement,
     record,
-    table,
+    runs,
 )
 from gptlite.roofline import Machine
 from gptlite.units import quantity
@@ -196,7 +197,7 @@ def test_the_table_sets_here_beside_there():
     other = Results(replace(MACHINE, name="GPU", device="cuda"), {SPEEDUP.metric: SPEEDUP})
     unrelated = Results(MACHINE, {})
     here = replace(MACHINE, name="a|b", threads=1)
-    text = table(
+    text = beside_the_book(
         here, [DECODE, SPEEDUP, CACHE], {"book": book, "other": other, "unrelated": unrelated}
     )
     assert text.splitlines() == [
@@ -209,8 +210,8 @@ def test_the_table_sets_here_beside_there():
 
 
 def test_the_table_stands_without_any_record():
-    assert table(MACHINE, [CACHE], {}).splitlines()[-1] == "| cache | 4.72 MB |"
-    assert len(table(MACHINE, [], {}).splitlines()) == 2
+    assert beside_the_book(MACHINE, [CACHE], {}).splitlines()[-1] == "| cache | 4.72 MB |"
+    assert len(beside_the_book(MACHINE, [], {}).splitlines()) == 2
 
 
 def test_the_table_does_not_compare_seconds_with_bytes():
@@ -218,14 +219,13 @@ def test_the_table_does_not_compare_seconds_with_bytes():
     with pytest.raises(
         ValueError, match=r"^'cache' is in bytes here, but was recorded in s\.$"
     ):
-        table(MACHINE, [CACHE], book)
+        beside_the_book(MACHINE, [CACHE], book)
 
 
 def test_a_record_of_zero_has_no_ratio():
     nothing = measurement("difference", 0, "logits")
-    assert table(MACHINE, [nothing], {"m": Results(MACHINE, {"difference": nothing})}).endswith(
-        "| 0 logits | 0 logits |"
-    )
+    book = {"m": Results(MACHINE, {"difference": nothing})}
+    assert beside_the_book(MACHINE, [nothing], book).endswith("| 0 logits | 0 logits |")
 
 
 def test_the_machine_s_title():
@@ -251,6 +251,48 @@ def test_the_machine_s_title():
 )
 def test_quantities_read_well(value, unit, text):
     assert quantity(value, unit) == text
+
+
+RUNS = {"command": "python a.py", "runs": {"one": {"val_loss": 1.5}}, "machine": {}, "date": ""}
+
+
+def test_the_records_of_runs_are_read_by_name(tmp_path):
+    (tmp_path / "pruning").mkdir()
+    (tmp_path / "pruning" / "halves.json").write_text(json.dumps(RUNS), encoding="utf-8")
+    assert runs("pruning/halves", tmp_path) == RUNS
+    with pytest.raises(FileNotFoundError) as error:
+        runs("pruning/halfs", tmp_path)
+    missing = tmp_path / "pruning" / "halfs.json"
+    assert str(error.value) == f"there is no record {missing}; known are pruning/halves."
+    with pytest.raises(FileNotFoundError, match=r"known are none\.$"):
+        runs("pruning/halves", tmp_path / "pruning")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value: line 1 column 1 (char 0)"),
+        (json.dumps(RUNS).encode()[:-9], "Unterminated string"),
+        (b"\xff\xfe", "can't decode byte"),
+        (b"[]", "it has no runs"),
+        (b'{"command": "", "machine": {}, "date": ""}', "it has no runs"),
+        (b'{"runs": [], "command": "", "machine": {}, "date": ""}', "it has no runs"),
+        (b'{"runs": {}, "machine": {}, "date": ""}', "it has no command"),
+        (b'{"runs": {}, "command": "", "date": ""}', "it has no machine"),
+    ],
+)
+def test_a_record_of_runs_that_is_not_whole_is_refused(tmp_path, content, reason):
+    (tmp_path / "broken.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.json is not a record of runs \(") as error:
+        runs("broken", tmp_path)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_book_s_records_of_runs_are_whole():
+    names = ("distillation/students", "pruning/halves", "pruning/search", "pruning/weights")
+    names += ("quantization/teacher", "uptraining/kv_heads")
+    for name in names:
+        assert all("tried" in run or "val_loss" in run for run in runs(name)["runs"].values())
 
 
 def test_the_record_s_folder_is_the_book_s():

@@ -92,7 +92,7 @@ def write_labels(
     }
     done = _begun(path, about)
     labels = np.memmap(path / "labels.bin", dtype, "r+", shape=(n, T))
-    left = windows(corpus.train[done * T : n * T + 1], T, B) if done < n else ()
+    left = windows(corpus.train[done * T : n * T + 1], T=T, B=B) if done < n else ()
     was_training = teacher.training
     teacher.eval()
     try:
