@@ -17,7 +17,7 @@ export PIP_ARGS
 export JUPYTER_PLATFORM_DIRS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test check run execute lab serve clean
+.PHONY: help venv book test check run execute refresh lab serve clean
 
 help: ## this list
 	@echo "GPTlite: make TARGET"
@@ -53,6 +53,9 @@ run: $(READY) ## re-execute one notebook in place: make run NB=kv_cache
 
 execute: $(READY) ## re-execute every notebook in place
 	$(PY) scripts/notebooks/run_notebooks.py
+
+refresh: $(READY) ## store the listings of one notebook, or of all, anew, without executing anything: make refresh NB=kv_cache
+	$(PY) scripts/notebooks/refresh_listings.py $(NB)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks

@@ -355,7 +355,9 @@ def test_the_command_fails_on_a_fault(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "1 fault in 1 notebook."
     write(tmp_path, good_cells())
     assert check_notebooks.main(["chapter"]) == 0
-    assert capsys.readouterr().out.startswith("chapter.ipynb: 4 code cells, median 1 lines")
+    assert capsys.readouterr().out.startswith(
+        "chapter.ipynb: 4 code cells, 3 of them not folded, median 1 "
+    )
 
 
 def test_the_command_says_in_one_sentence_that_a_name_is_unknown():

@@ -1,4 +1,4 @@
-"""Where the notebooks are, and how they are read and written; what the notebook scripts share."""
+"""Where the notebooks are, and how they are read and written, for the notebook scripts."""
 
 import os
 from pathlib import Path
@@ -11,15 +11,23 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def find(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
-    """The notebooks called `names` ("kv_cache", "kv_cache.ipynb" or a path), or all; a ValueError lists the known."""
+    """The notebooks called `names`, or all: "kv_cache", "kv_cache.ipynb", or a file's path.
+
+    A ValueError lists the known ones.
+    """
     known = sorted(folder.glob("*.ipynb"))
     if not known:
         raise ValueError(f"{folder} holds no notebook.")
     by_name = {path.stem: path for path in known}
-    chosen = [by_name.get(Path(name).stem) for name in names]
+    # a path may be of a file elsewhere, such as another checkout's
+    chosen = [
+        path if (path := Path(name)).suffix and path.is_file() else by_name.get(path.stem)
+        for name in names
+    ]
     if None in chosen:
         raise ValueError(
-            f"no notebook is called {names[chosen.index(None)]!r}; known are {', '.join(by_name)}."
+            f"no notebook is called {names[chosen.index(None)]!r}; known are "
+            f"{', '.join(by_name)}."
         )
     return chosen or known
 

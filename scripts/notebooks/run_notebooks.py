@@ -2,8 +2,9 @@
 
 python scripts/notebooks/run_notebooks.py [NAME ...]      all of them if none is named
 
-A notebook is written only when all its cells ran; otherwise the old file stays as it is. What differs between two runs
-for no reason of the code's own (timestamps, widget states, versions of the kernel) is left out.
+A notebook is written only when all its cells ran; otherwise the old file stays as it is. What
+differs between two runs for no reason of the code's own (timestamps, widget states, versions of
+the kernel) is left out.
 """
 
 import argparse
@@ -17,16 +18,13 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-CELL_KEYS = (
-    "tags",
-    "cellView",
-    "jupyter",
-)  # what an author sets; editors and kernels add other metadata
+# what an author sets; editors and kernels add other metadata
+CELL_KEYS = ("tags", "cellView", "jupyter")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class CellError(Exception):
-    """A cell did not run to its end; the message says which and why, `details` shows the traceback."""
+    """A cell did not run to its end: the message says which and why, `details` the trace."""
 
     def __init__(self, sentence: str, details: str = ""):
         super().__init__(sentence)
@@ -34,16 +32,18 @@ class CellError(Exception):
 
 
 def execute(notebook: NotebookNode, folder: Path, timeout: float = 900, progress=print) -> None:
-    """Run all cells in a new kernel whose current folder is `folder`; `progress` is told of each in one line.
+    """Run all cells in a new kernel in `folder`; `progress` is told of each in one line.
 
-    Raises CellError at the first cell that fails, runs longer than `timeout` seconds, or takes the kernel with it.
+    Raises CellError at the first cell that fails, runs longer than `timeout` seconds, or takes
+    the kernel with it.
     """
     code = [
         i
         for i, cell in enumerate(notebook.cells)
         if cell.cell_type == "code" and cell.source.strip()
     ]
-    running, started = 0, 0.0  # of the cell that runs now: its position, and when it began
+    # of the cell that runs now: its position, and when it began
+    running, started = 0, 0.0
 
     def on_start(cell: NotebookNode, cell_index: int) -> None:
         nonlocal running, started
@@ -66,9 +66,8 @@ def execute(notebook: NotebookNode, folder: Path, timeout: float = 900, progress
         on_cell_executed=on_executed,
     )
     try:
-        client.execute(
-            env={**os.environ, "TQDM_DISABLE": "1"}
-        )  # a stored progress bar is noise
+        # a stored progress bar is noise
+        client.execute(env={**os.environ, "TQDM_DISABLE": "1"})
     except CellExecutionError as error:
         raise CellError(
             f"{_where(notebook, running)} raised {error.ename}: {error.evalue}.", str(error)
@@ -84,7 +83,7 @@ def execute(notebook: NotebookNode, folder: Path, timeout: float = 900, progress
 
 
 def tidy(notebook: NotebookNode) -> None:
-    """Leave out what makes two runs of the same code differ, and keep what the author and `glue` put there."""
+    """Leave out what makes two runs of the same code differ; keep what the author put there."""
     notebook.metadata = NotebookNode(
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
         language_info={"name": "python", "pygments_lexer": "ipython3"},
@@ -101,7 +100,7 @@ def tidy(notebook: NotebookNode) -> None:
 
 
 def run(path: Path, timeout: float = 900, progress=print) -> float:
-    """Execute one notebook and replace it, if all its cells ran; return the seconds that took."""
+    """Execute one notebook, replace it if all its cells ran, and return the seconds it took."""
     notebook = notebook_files.read(path)
     started = time.perf_counter()
     execute(notebook, path.parent, timeout, progress)
