@@ -1,4 +1,4 @@
-"""The one timer of the book: warm-up, synchronisation, medians with their spread, and peak memory."""
+"""The one timer of the book: warm-up, synchronisation, medians with spread, and peak memory."""
 
 import json
 import os
@@ -24,12 +24,17 @@ Fn = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median of `times`, and the quartiles `low` and `high` that hold the middle half."""
+    """Seconds of one call: the median of `times`, and the quartiles around its middle half."""
 
     median: float
     low: float
     high: float
     times: tuple[float, ...]
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> "Timing":
+        """The timing of calls that took `times`, in seconds."""
+        return cls(*_median_and_quartiles(times), tuple(times))
 
     def __str__(self) -> str:
         unit, name = time_unit(self.median)
@@ -39,7 +44,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer one thing took than another: the median and the quartiles over the rounds."""
+    """How many times longer one thing took than another: the median round, and quartiles."""
 
     median: float
     low: float
@@ -47,24 +52,22 @@ class Ratio:
     ratios: tuple[float, ...]
 
     def __str__(self) -> str:
-        return f"{three_digits(self.median)}x ({three_digits(self.low)} to {three_digits(self.high)})"
+        median, low, high = map(three_digits, (self.median, self.low, self.high))
+        return f"{median}x ({low} to {high})"
 
 
-def timing(times: Sequence[float]) -> Timing:
-    """The `Timing` of times in seconds."""
-    return Timing(*_median_and_quartiles(times), tuple(times))
+timing = Timing.of
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
-    """a / b, round by round, of two timings from one call of `measure_alternately`: the speed-up that b is over a.
+    """The speed-up of b over a: a / b, round by round, of two timings of `measure_alternately`.
 
-    A slow moment of the machine falls on both halves of a round and cancels in their ratio; in a ratio of two medians
-    it would not.
+    A slow moment of the machine falls on both halves of a round and cancels in their ratio; in
+    a ratio of two medians it would not.
     """
     if len(a.times) != len(b.times):
-        raise ValueError(
-            f"the timings have {len(a.times)} and {len(b.times)} rounds, but must have as many each."
-        )
+        rounds = f"{len(a.times)} and {len(b.times)} rounds"
+        raise ValueError(f"the timings have {rounds}, but must have as many each.")
     ratios = tuple(x / y for x, y in zip(a.times, b.times, strict=True))
     return Ratio(*_median_and_quartiles(ratios), ratios)
 
@@ -79,7 +82,7 @@ def measure(
 def measure_alternately(
     fns: dict[str, Fn], *, repeats: int = 7, warmup: int = 1, device: torch.device | None = None
 ) -> dict[str, Timing]:
-    """Time several functions in turns, a b a b ..., so that a drift of the machine falls on all of them alike."""
+    """Time several functions in turns, a b a b ...: the machine's drift falls on all alike."""
     _at_least("repeats", repeats, 1)
     _at_least("warmup", warmup, 0)
     device = pick_device() if device is None else torch.device(device)
@@ -90,24 +93,25 @@ def measure_alternately(
     for _ in range(repeats):
         for name, fn in fns.items():
             times[name].append(_seconds(fn, device))
-    return {name: timing(t) for name, t in times.items()}
+    return {name: Timing.of(t) for name, t in times.items()}
 
 
 def _seconds(fn: Fn, device: torch.device) -> float:
-    synchronize(
-        device
-    )  # or the clock would start while the GPU still works on what came before
+    # a GPU works behind: without the first, the clock would start while it is still busy with
+    # what came before; without the second, it would stop when the work is queued
+    synchronize(device)
     start = time.perf_counter_ns()
     fn()
-    synchronize(device)  # or it would stop when the work is queued, not when it is done
+    synchronize(device)
     return (time.perf_counter_ns() - start) / 1e9
 
 
 @dataclass(frozen=True)
 class GenerationTiming:
-    """Seconds to the first token, seconds for each further token (a run's mean), and seconds in all, over the runs.
+    """Seconds to the first token, for each further one (a run's mean), and in all.
 
-    `steps` holds the median seconds of the first, the second, ... token; `batch` is how many sequences grew at once.
+    `steps` holds the median seconds of the first, the second, ... token; `batch` is how many
+    sequences grew at once.
     """
 
     first: Timing
@@ -118,11 +122,12 @@ class GenerationTiming:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens a second while decoding, over the whole batch; the prompt's time is not in it."""
+        """New tokens a second while decoding, over the whole batch; not counting the prompt."""
         return self.batch / self.per_token.median
 
     def __str__(self) -> str:
-        return f"first token {self.first}, then {self.per_token} each: {three_digits(self.tokens_per_second)} tokens/s"
+        speed = f"{three_digits(self.tokens_per_second)} tokens/s"
+        return f"first token {self.first}, then {self.per_token} each: {speed}"
 
 
 def measure_generation(
@@ -132,10 +137,11 @@ def measure_generation(
     make_cache: Callable[[], Any] | None = None,
     repeats: int = 3,
 ) -> GenerationTiming:
-    """Time greedy generation from a prompt (B, T), each run with a fresh cache from `make_cache`, or with none.
+    """Time greedy generation from a prompt (B, T), each run with a fresh cache, or with none.
 
-    The first token pays for reading the prompt (prefill), the others for one step each (decode): two different costs,
-    which an average over all tokens would mix in proportions that depend on the lengths chosen.
+    The first token pays for reading the prompt (prefill), the others for one step each
+    (decode): two different costs, which an average over all tokens would mix in proportions
+    that depend on the lengths chosen.
     """
     _at_least("max_new_tokens", max_new_tokens, 2)
     _at_least("repeats", repeats, 1)
@@ -152,21 +158,26 @@ def measure_generation(
     run(2)  # warm-up
     runs = [run(max_new_tokens) for _ in range(repeats)]
     steps = tuple(_median_and_quartiles(step)[0] for step in zip(*runs, strict=True))
-    first = timing([r[0] for r in runs])
-    per_token = timing([sum(r[1:]) / (max_new_tokens - 1) for r in runs])
-    return GenerationTiming(first, per_token, timing([sum(r) for r in runs]), steps, len(idx))
+    first = Timing.of([r[0] for r in runs])
+    per_token = Timing.of([sum(r[1:]) / (max_new_tokens - 1) for r in runs])
+    whole = Timing.of([sum(r) for r in runs])
+    return GenerationTiming(first, per_token, whole, steps, len(idx))
 
 
 def measure_decoding(
     models: dict[str, GPT], context: int, new: int = 16, repeats: int = 9
 ) -> dict[str, Timing]:
-    """Seconds of one more token at batch 1 with a cache: a mean over `new` after `context` others, models in turns."""
+    """Seconds of one more token at batch 1 with a cache, the models in turns.
+
+    A round reads `new` tokens, one at a time, behind `context` others, and counts their mean.
+    """
     for name, value in (("context", context), ("new", new)):
         _at_least(name, value, 1)
 
     def decoder(model: GPT) -> Fn:
         weight = model.wte.weight
-        cache = KVCache(model.config, 1, context + new, weight.dtype, weight.device)
+        dtype, device = weight.dtype, weight.device
+        cache = KVCache(model.config, max_len=context + new, dtype=dtype, device=device)
         prompt = torch.zeros(1, context, dtype=torch.long, device=weight.device)
 
         @torch.inference_mode()
@@ -180,17 +191,16 @@ def measure_decoding(
         return decode
 
     device = next(iter(models.values())).wte.weight.device
-    timed = measure_alternately(
-        {n: decoder(m) for n, m in models.items()}, repeats=repeats, device=device
-    )
-    return {name: timing([s / new for s in t.times]) for name, t in timed.items()}
+    decoders = {name: decoder(model) for name, model in models.items()}
+    timed = measure_alternately(decoders, repeats=repeats, device=device)
+    return {name: Timing.of([s / new for s in t.times]) for name, t in timed.items()}
 
 
 def peak_memory(fn: Fn, device: torch.device | None = None) -> int:
     """Bytes that PyTorch holds at most during `fn`, above what it held before.
 
-    This counts tensors and the operators' own buffers, whatever allocates through PyTorch; what a library keeps for
-    itself (a matrix product's packed panels) is not seen.
+    This counts tensors and the operators' own buffers, whatever allocates through PyTorch; what
+    a library keeps for itself (a matrix product's packed panels) is not seen.
     """
     device = pick_device() if device is None else torch.device(device)
     if device.type == "cuda":
@@ -200,12 +210,10 @@ def peak_memory(fn: Fn, device: torch.device | None = None) -> int:
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # the profiler's library reports each start on standard error
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    # or the profiler's library would report each start on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         fn()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
@@ -215,7 +223,7 @@ def peak_memory(fn: Fn, device: torch.device | None = None) -> int:
 
 
 def _highest(events: list[dict[str, Any]]) -> int:
-    """The most bytes live at once, from the profiler's allocations (bytes > 0) and frees (bytes < 0)."""
+    """The most bytes live at once, of blocks allocated (bytes > 0) and freed (bytes < 0)."""
     live: dict[int, int] = {}
     now = highest = 0
     for event in sorted(events, key=lambda e: e["ts"]):
@@ -224,15 +232,14 @@ def _highest(events: list[dict[str, Any]]) -> int:
             live[address] = size
             now += size
             highest = max(highest, now)
-        else:  # a block that is older than the profile counts for nothing, as it did before
+        else:  # a block older than the profile counts for nothing, as it did before
             now -= live.pop(address, 0)
     return highest
 
 
 def _median_and_quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, median, high = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    )
+    quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, median, high = torch.tensor(values, dtype=torch.float64).quantile(quarters)
     return median.item(), low.item(), high.item()
 
 

@@ -9,7 +9,7 @@ from gptlite.model import GPTConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes read and written, floating-point operations, and operators launched; costs add up."""
+    """Bytes read and written, floating-point operations, operators launched; costs add up."""
 
     bytes: int = 0
     flops: int = 0
@@ -33,54 +33,44 @@ def operator_costs(
     last_only: bool = True,
     cache: bool = True,
 ) -> dict[str, Cost]:
-    """The cost of each operator, over all layers, when the model reads the last Tq of Tk tokens of B sequences.
+    """The cost of each operator, over all layers, to read the last Tq of Tk tokens of B texts.
 
-    An operator reads its inputs, weights included, and writes its output once. A multiply-add is 2 FLOPs; only matrix
-    products count, since what is done number by number is little beside them. Attention is one fused operator over the
-    whole rectangle Tq x Tk, as PyTorch counts it: a kernel that skips what the causal mask hides does up to half less
-    of it when Tq = Tk. The mask that `sdpa_attention` builds when 1 < Tq < Tk is not counted.
+    An operator reads its inputs, weights included, and writes its output once. A multiply-add
+    is 2 FLOPs; only matrix products count, since what is done number by number is little beside
+    them. Attention is one fused operator over the whole rectangle Tq x Tk, as PyTorch counts
+    it: a kernel that skips what the causal mask hides does up to half less of it when Tq = Tk.
+    The mask that `sdpa_attention` builds when 1 < Tq < Tk is not counted.
     """
     _check(config, Tq, Tk, B)
-    L, C, V, KV = (
-        config.n_layer,
-        config.n_embd,
-        config.vocab_size,
-        config.kv_heads * config.head_dim,
-    )
-    A, hidden = (
-        config.n_head * config.head_dim,
-        config.hidden,
-    )  # A is C, unless heads have been taken out
+    L, C, V, hidden = config.n_layer, config.n_embd, config.vocab_size, config.hidden
+    # channels of all queries, C unless heads have been taken out, and of all keys
+    A, KV = config.n_head * config.head_dim, config.kv_heads * config.head_dim
     size, tokens = dtype.itemsize, B * Tq
     last = B if last_only else tokens  # positions whose logits are wanted
 
     def linear(rows: int, wide: int, out: int, bias: bool = True, times: int = L) -> Cost:
-        numbers = (wide + bias) * out + rows * (
-            wide + out
-        )  # weights once, however many rows; each row in and out
+        # weights once, however many rows; each row in and out
+        numbers = (wide + bias) * out + rows * (wide + out)
         return Cost(times * numbers * size, times * 2 * rows * wide * out, times)
 
     def elementwise(numbers: int, times: int = L) -> Cost:
         return Cost(times * numbers * size, 0, times)
 
-    gathered = (
-        4 * tokens * C + 3 * Tq * C
-    )  # both kinds of rows read, written, read by the sum; the sum written
+    # both kinds of rows read, written, read by the sum; the sum written
+    gathered = 4 * tokens * C + 3 * Tq * C
     indices = 8 * (tokens + 2 * Tq)  # int64: tokens read, positions written and read
-    appended = (
-        2 * 2 * tokens * KV if cache else 0
-    )  # new keys and values, read and written into the cache
-    attended = (
-        2 * tokens * A + 2 * B * Tk * KV
-    )  # queries in, answers out; all keys and values, once for a group
+    # new keys and values, read and written into the cache
+    appended = 2 * 2 * tokens * KV if cache else 0
+    # queries in, answers out; all keys and values, once for a group
+    attended = 2 * tokens * A + 2 * B * Tk * KV
+    launches = 3 if cache else 1
+    attention = Cost((appended + attended) * size * L, 4 * B * Tq * Tk * A * L, launches * L)
+    norms = elementwise(2 * C + 2 * tokens * C, 2 * L) + elementwise(2 * C + 2 * last * C, 1)
     return {
         "embedding": Cost(gathered * size + indices, 0, 4),
-        "layer_norm": elementwise(2 * C + 2 * tokens * C, 2 * L)
-        + elementwise(2 * C + 2 * last * C, 1),
+        "layer_norm": norms,
         "c_attn": linear(tokens, C, A + 2 * KV),
-        "attention": Cost(
-            L * (appended + attended) * size, L * 4 * B * Tq * Tk * A, L * (3 if cache else 1)
-        ),
+        "attention": attention,
         "attn.c_proj": linear(tokens, A, C),
         "c_fc": linear(tokens, C, hidden),
         "gelu": elementwise(2 * tokens * hidden),
@@ -93,14 +83,14 @@ def operator_costs(
 def prefill_cost(
     config: GPTConfig, T: int, B: int = 1, dtype: torch.dtype = torch.float32
 ) -> Cost:
-    """The cost of reading a prompt of T tokens into a cache, with the logits of its last token alone."""
+    """The cost of reading T tokens into a cache, with the logits of the last alone."""
     return sum(operator_costs(config, T, T, B, dtype).values(), Cost())
 
 
 def decode_cost(
     config: GPTConfig, context: int, B: int = 1, dtype: torch.dtype = torch.float32
 ) -> Cost:
-    """The cost of one token with a cache, when `context` tokens, itself included, are attended to."""
+    """The cost of one token with a cache that attends to `context` tokens, itself included."""
     return sum(operator_costs(config, 1, context, B, dtype).values(), Cost())
 
 
@@ -115,10 +105,8 @@ def _check(config: GPTConfig, Tq: int, Tk: int, B: int) -> None:
     if B < 1:
         raise ValueError(f"B is {B}, but must be at least 1.")
     if not 1 <= Tk <= config.block_size:
-        raise ValueError(
-            f"the context is {Tk} tokens, but must be from 1 to block_size = {config.block_size}."
-        )
+        most = f"block_size = {config.block_size}"
+        raise ValueError(f"the context is {Tk} tokens, but must be from 1 to {most}.")
     if not 1 <= Tq <= Tk:
-        raise ValueError(
-            f"there are {Tq} queries, but from 1 to the context's {Tk} are possible."
-        )
+        possible = f"from 1 to the context's {Tk} are possible"
+        raise ValueError(f"there are {Tq} queries, but {possible}.")

@@ -1,7 +1,8 @@
 """What a machine can do in a second, and so how long a counted cost takes on it.
 
-The roofline (Williams, Waterman and Patterson, 2009): data is moved while arithmetic is done, so the slower of the two
-sets the time. Launching an operator has a price of its own, which rules where the operators are small.
+The roofline (Williams, Waterman and Patterson, 2009): data is moved while arithmetic is done,
+so the slower of the two sets the time. Launching an operator has a price of its own, which
+rules where the operators are small.
 """
 
 import json
@@ -11,23 +12,27 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch import device as Device  # under another name: inside Machine `torch` is a field
+from torch import dtype as Dtype
+from torch import float32
 
 from gptlite import calibration
 from gptlite.costs import Cost, decode_cost
 from gptlite.device import pick_device, processor_name
 from gptlite.model import GPTConfig
-from gptlite.units import three_digits, time_unit
+from gptlite.units import quantity
 
 CALIBRATED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine did in calibration: bytes/s, FLOP/s by dtype, and seconds for each operator launched.
+    """A machine's rates in calibration: bytes/s, FLOP/s by dtype, seconds an operator launched.
 
-    `read_bandwidth` is the roof, the best that any kernel tried reached over memory (`read_kernel` names it). `matvec`
-    holds what decoding's own operator, one row through `F.linear`, reached: pairs of working set and bytes/s. `flops`
-    is the rate of large square products, `linear` what `F.linear` reached with fewer rows: pairs of rows and FLOP/s.
+    `read_bandwidth` is the roof, the best that any kernel tried reached over memory
+    (`read_kernel` names it). `matvec` holds what decoding's own operator, one row through
+    `F.linear`, reached: pairs of working set and bytes/s. `flops` is the rate of large square
+    products, `linear` what `F.linear` reached with fewer rows: pairs of rows and FLOP/s.
     """
 
     name: str
@@ -44,32 +49,28 @@ class Machine:
 
     def __post_init__(self):
         rates = {"read_bandwidth": self.read_bandwidth, "overhead": self.overhead, **self.flops}
-        rates |= {"threads": self.threads} | {
-            f"matvec at {size} bytes": rate for size, rate in self.matvec
-        }
-        rates |= {
-            f"linear in {kind} at {n} rows": rate
-            for kind, pairs in self.linear.items()
-            for n, rate in pairs
-        }
+        rates["threads"] = self.threads
+        rates |= {f"matvec at {size} bytes": rate for size, rate in self.matvec}
+        for kind, pairs in self.linear.items():
+            rates |= {f"linear in {kind} at {n} rows": rate for n, rate in pairs}
         for name, rate in rates.items():
             if not 0 < rate < math.inf:
                 raise ValueError(f"{name} is {rate}, but must be above 0.")
         if not self.matvec:
-            raise ValueError(
-                "matvec is empty, but must hold at least one pair of a working set and its bandwidth."
-            )
+            pair = "pair of a working set and its bandwidth"
+            raise ValueError(f"matvec is empty, but must hold at least one {pair}.")
 
     @classmethod
-    def calibrate(cls, device: torch.device | None = None, quick: bool = False) -> "Machine":
-        """Measure this machine: seconds, of which `quick` saves most and is rougher; other work under way spoils it."""
+    def calibrate(cls, device: Device | None = None, quick: bool = False) -> "Machine":
+        """Measure this machine; `quick` is rougher. Other work under way spoils it."""
         device = pick_device() if device is None else torch.device(device)
-        repeats = 3 if quick else 15
-        tiny = GPTConfig(
-            n_layer=4, n_head=1, n_embd=8, block_size=8, vocab_size=8
-        )  # next to nothing but launches
+        repeats, tries = (3, 3) if quick else (15, 9)
+        dtypes = {name: getattr(torch, name) for name in CALIBRATED_DTYPES}
+        # next to nothing but launches
+        tiny = GPTConfig(n_layer=4, n_head=1, n_embd=8, block_size=8, vocab_size=8)
         with torch.inference_mode():
-            # launches are timed in an instant, and a slow moment outlasts it: so at three moments, and the least counts
+            # launches are timed in an instant, and a slow moment outlasts it: so at three
+            # moments, and the least counts
             ops = decode_cost(tiny, 1).ops
             launches = [calibration.step_seconds(tiny, device, repeats) / ops]
             bandwidth, kernel = calibration.read_bandwidth(device, repeats)
@@ -77,21 +78,14 @@ class Machine:
             # a GPU's launches run ahead of its work and are not in its times
             waited = 0.0 if device.type == "cuda" else min(launches)
             matvec = calibration.matvec_bandwidths(device, repeats, waited)
-            if (
-                matvec[-1][1] > bandwidth
-            ):  # the roof is above all that was seen, also when a slow moment lowered it
+            # the roof is above all that was seen, also when a slow moment lowered it
+            if matvec[-1][1] > bandwidth:
                 bandwidth, kernel = matvec[-1][1], "F.linear"
-            tries = min(repeats, 9)
-            flops = {
-                name: calibration.gemm_rate(getattr(torch, name), device, tries)
-                for name in CALIBRATED_DTYPES
-            }
-            usable = [
-                name for name, rate in flops.items() if rate > flops["float32"] / 10
-            ]  # the others are emulated
+            flops = {n: calibration.gemm_rate(d, device, tries) for n, d in dtypes.items()}
             linear = {
-                n: calibration.linear_rates(getattr(torch, n), device, tries, waited)
-                for n in usable
+                name: calibration.linear_rates(dtypes[name], device, tries, waited)
+                for name, rate in flops.items()
+                if rate > flops["float32"] / 10  # the others are emulated
             }
             launches.append(calibration.step_seconds(tiny, device, repeats) / ops)
         return cls(
@@ -109,22 +103,23 @@ class Machine:
         )
 
     def matvec_bandwidth(self, working_set: float) -> float:
-        """Bytes/s at which `F.linear` streams weights for one row, if `working_set` bytes pass between two uses of one.
+        """Bytes/s at which `F.linear` streams weights for one row.
 
-        What fits into the processor's cache is read again from there, faster than memory gives it. Interpolated
-        over the logarithm of the size; outside the sizes measured, the nearest.
+        Between two uses of a weight `working_set` bytes pass: what fits into the processor's
+        cache is read again from there, faster than memory gives it. Interpolated over the
+        logarithm of the size; outside the sizes measured, the nearest.
         """
         return _interpolate(self.matvec, working_set)
 
-    def linear_rate(self, rows: int, dtype: torch.dtype = torch.float32) -> float:
-        """FLOP/s at which `F.linear` multiplies `rows` rows with weights that come from memory; `flops` if not known.
+    def linear_rate(self, rows: int, dtype: Dtype = float32) -> float:
+        """FLOP/s at which `F.linear` multiplies `rows` rows with weights that come from memory.
 
-        Interpolated over the logarithm of the rows; outside the numbers measured, the nearest.
+        Interpolated over the logarithm of the rows; outside the numbers measured, the nearest;
+        where none was measured, `flops`.
         """
         kind = _calibrated(self, dtype)
-        return (
-            _interpolate(self.linear[kind], rows) if self.linear.get(kind) else self.flops[kind]
-        )
+        pairs = self.linear.get(kind)
+        return _interpolate(pairs, rows) if pairs else self.flops[kind]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -139,7 +134,7 @@ class Machine:
 
 
 def _interpolate(pairs: list[list[float]], x: float) -> float:
-    """The second number of pairs that rise in their first, at x, over the logarithm; outside, that of the nearest."""
+    """The second number of pairs at x, interpolated over log x; outside, the nearest."""
     places, values = zip(*pairs, strict=True)
     i = bisect_right(places, x)
     if i in (0, len(places)):
@@ -152,15 +147,14 @@ def _calibrated(machine: Machine, dtype: torch.dtype) -> str:
     """The name of a dtype that the machine is calibrated for."""
     kind = str(dtype).removeprefix("torch.")
     if kind not in machine.flops:
-        raise ValueError(
-            f"{machine.name} is not calibrated for {kind}; it is for {', '.join(machine.flops)}."
-        )
+        known = ", ".join(machine.flops)
+        raise ValueError(f"{machine.name} is not calibrated for {kind}; it is for {known}.")
     return kind
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds predicted, the three terms they are made of, and the largest of these: the one that `binds`."""
+    """Seconds predicted, their three terms, and the largest's name: the one that `binds`."""
 
     seconds: float
     memory: float
@@ -169,8 +163,7 @@ class Prediction:
     binds: str
 
     def __str__(self) -> str:
-        unit, name = time_unit(self.seconds)
-        return f"{three_digits(self.seconds / unit)} {name}, bound by {self.binds}"
+        return f"{quantity(self.seconds, 's')}, bound by {self.binds}"
 
 
 def predict(
@@ -182,14 +175,15 @@ def predict(
 ) -> Prediction:
     """How long `cost` takes on `machine` at best.
 
-    Sharper with the `bandwidth` (bytes/s) and the `rate` (FLOP/s) of the operators that do the work.
+    Sharper with `bandwidth` (bytes/s) and `rate` (FLOP/s) of the operators that do the work.
     """
     kind = _calibrated(machine, dtype)
     memory = cost.bytes / (bandwidth or machine.read_bandwidth)
     compute = cost.flops / (rate or machine.flops[kind])
     overhead = cost.ops * machine.overhead
     terms = {"memory": memory, "compute": compute, "overhead": overhead}
-    # a CPU launches and works in turns; a GPU works through a queue that is filled ahead of it, so the two overlap
+    # a CPU launches and works in turns; a GPU works through a queue that is filled ahead of it,
+    # so the two overlap
     work = max(memory, compute)
     seconds = max(overhead, work) if machine.device == "cuda" else overhead + work
     return Prediction(seconds, memory, compute, overhead, max(terms, key=terms.__getitem__))

@@ -1,15 +1,14 @@
-"""Numbers as the book prints them: three digits that count, and a unit in which they read well."""
+"""Numbers as the book prints them: three digits that count, in a unit that reads well."""
 
 import math
 
 
 def three_digits(value: float) -> str:
-    """A number with three digits that count: 0.0123, 1.23, 123; from 1000 on, all of them, in thousands."""
+    """A number with three digits that count: 0.0123, 1.23, 123; from 1000 on, all: 1,234."""
     if not value:
         return "0"
-    exponent = math.floor(
-        math.log10(abs(float(f"{value:.2e}")))
-    )  # of the rounded value: 9.999 is 10.0
+    rounded = abs(float(f"{value:.2e}"))  # 9.999 is 10.0
+    exponent = math.floor(math.log10(rounded))
     return f"{value:.2e}" if exponent < -4 else f"{value:,.{max(0, 2 - exponent)}f}"
 
 
@@ -19,17 +18,13 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def quantity(value: float, unit: str) -> str:
-    """A number and its unit as the book prints them: "12.3 ms", "4.72 MB", "5.30x", "24.1 tokens/s"."""
+    """A number and its unit as printed: "12.3 ms", "4.72 MB", "5.30x", "24.1 tokens/s"."""
+    scale = 1.0
     if unit == "s":
         scale, unit = time_unit(value)
     elif unit == "bytes":
-        scale, unit = next(
-            ((s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= s),
-            (1, "bytes"),
-        )
-    else:
-        scale = 1
-    text = (
-        f"{value:,}" if isinstance(value, int) and scale == 1 else three_digits(value / scale)
-    )
+        sizes = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+        scale, unit = next((size for size in sizes if value >= size[0]), (1.0, "bytes"))
+    exact = isinstance(value, int) and scale == 1
+    text = f"{value:,}" if exact else three_digits(value / scale)
     return text + unit if unit == "x" else f"{text} {unit}"

@@ -1,6 +1,6 @@
-"""The timer calls what it should as often as it should, sums up exactly, and counts memory to the byte."""
+"""The timer calls what it should as often as it should, and counts time and memory exactly."""
 
-import math
+import itertools
 import statistics
 
 import pytest
@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from gptlite import bench
 from gptlite.bench import (
     GenerationTiming,
+    Timing,
     measure,
     measure_alternately,
     measure_decoding,
     measure_generation,
     peak_memory,
     ratio,
-    three_digits,
-    timing,
 )
 from gptlite.kv_cache import KVCache, kv_cache_bytes
 from gptlite.model import naive_attention, sdpa_attention
@@ -67,6 +66,20 @@ def test_decoding_takes_turns_and_reads_on_after_the_same_past(make_model, monke
     assert {n: len(t.times) for n, t in timed.items()} == {"small": 2, "large": 2}
 
 
+def test_a_token_s_time_is_the_round_s_over_the_tokens_that_were_read(make_model, monkeypatch):
+    """A clock that only steps move: the rounds take 1, 2, 3 s, then 4, 5, 6 s, ... by hand."""
+    seconds, now = itertools.count(1), [0]
+
+    def step(model, token, cache):
+        now[0] += next(seconds) * 10**9
+        cache.advance(1)
+
+    monkeypatch.setattr(bench, "decode_one_token", step)
+    monkeypatch.setattr(bench.time, "perf_counter_ns", lambda: now[0])
+    timed = measure_decoding({"it": make_model()}, context=5, new=3, repeats=2)
+    assert timed["it"].times == (5.0, 8.0)  # after a round to warm up: (4 + 5 + 6) / 3, ...
+
+
 @pytest.mark.parametrize(
     "wrong", [{"context": 0}, {"context": 4, "new": 0}, {"context": 4, "repeats": 0}]
 )
@@ -105,7 +118,7 @@ def test_nothing_to_measure_gives_nothing():
 @given(st.lists(st.floats(1e-9, 1e3), min_size=2, max_size=30))
 def test_median_and_quartiles_are_those_of_the_standard_library(times):
     low, median, high = statistics.quantiles(times, method="inclusive")
-    t = timing(times)
+    t = Timing.of(times)
     assert (t.low, t.median, t.high) == pytest.approx((low, median, high))
 
 
@@ -118,9 +131,10 @@ def test_median_and_quartiles_are_those_of_the_standard_library(times):
 )
 def test_a_slow_round_cancels_in_the_ratio(rounds):
     slowed = ratio(
-        timing([a * slow for a, b, slow in rounds]), timing([b * slow for a, b, slow in rounds])
+        Timing.of([a * slow for a, b, slow in rounds]),
+        Timing.of([b * slow for a, b, slow in rounds]),
     )
-    calm = ratio(timing([a for a, b, _ in rounds]), timing([b for a, b, _ in rounds]))
+    calm = ratio(Timing.of([a for a, b, _ in rounds]), Timing.of([b for a, b, _ in rounds]))
     assert slowed.ratios == pytest.approx(calm.ratios)
     assert (slowed.median, slowed.low, slowed.high) == pytest.approx(
         (calm.median, calm.low, calm.high)
@@ -128,43 +142,13 @@ def test_a_slow_round_cancels_in_the_ratio(rounds):
 
 
 def test_ratio_is_of_rounds_and_not_of_medians():
-    a, b = timing([1.0, 20.0, 3.0]), timing([1.0, 10.0, 1.0])
+    a, b = Timing.of([1.0, 20.0, 3.0]), Timing.of([1.0, 10.0, 1.0])
     assert ratio(a, b).ratios == (1.0, 2.0, 3.0)
     assert ratio(a, b).median == 2.0 != a.median / b.median
     with pytest.raises(
         ValueError, match=r"^the timings have 3 and 2 rounds, but must have as many each\.$"
     ):
-        ratio(a, timing([1.0, 2.0]))
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.01234, "0.0123"),
-        (0.9996, "1.00"),
-        (1.234, "1.23"),
-        (9.996, "10.0"),
-        (12.34, "12.3"),
-        (99.96, "100"),
-    ]
-    + [
-        (123.4, "123"),
-        (1234.4, "1,234"),
-        (1234567, "1,234,567"),
-        (-2.5, "-2.50"),
-        (1.5e-7, "1.50e-07"),
-    ],
-)
-def test_three_digits(value, text):
-    assert three_digits(value) == text
-
-
-@given(st.floats(1e-12, 1e12))
-def test_three_digits_are_enough_for_half_a_percent(value):
-    text = three_digits(value).replace(",", "")
-    assert math.isclose(float(text), value, rel_tol=0.0051)
-    assert "e" in text or value >= 999 or len(text.replace(".", "").lstrip("0")) == 3
+        ratio(a, Timing.of([1.0, 2.0]))
 
 
 @pytest.mark.parametrize(
@@ -177,16 +161,17 @@ def test_three_digits_are_enough_for_half_a_percent(value):
     ],
 )
 def test_a_timing_reads_in_one_unit(times, text):
-    assert str(timing(times)) == text
+    assert str(Timing.of(times)) == text
 
 
 def test_a_ratio_reads_as_a_factor():
     assert (
-        str(ratio(timing([5.0, 10.0, 12.0]), timing([1.0, 2.0, 2.0]))) == "5.00x (5.00 to 5.50)"
+        str(ratio(Timing.of([5.0, 10.0, 12.0]), Timing.of([1.0, 2.0, 2.0])))
+        == "5.00x (5.00 to 5.50)"
     )
 
 
-# --- generation -------------------------------------------------------------------------------------------------------
+# --- generation ---
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -250,14 +235,16 @@ def test_generation_refuses_what_has_no_second_token(make_model, n, repeats, nam
 
 
 def test_generation_reads_as_a_sentence():
-    g = GenerationTiming(timing([0.04]), timing([0.02]), timing([0.06]), (0.04, 0.02), 3)
+    g = GenerationTiming(
+        Timing.of([0.04]), Timing.of([0.02]), Timing.of([0.06]), (0.04, 0.02), 3
+    )
     assert (
         str(g)
         == "first token 40.0 ms (40.0 to 40.0), then 20.0 ms (20.0 to 20.0) each: 150 tokens/s"
     )
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def test_memory_counts_what_lives_at_once():
@@ -292,7 +279,7 @@ def test_freeing_what_is_older_does_not_hide_what_is_new():
 
 
 def test_blocks_that_an_earlier_profile_saw_do_not_confuse_a_later_one():
-    """PyTorch's allocator remembers a block that was allocated under one profile and freed after it."""
+    """PyTorch's allocator remembers a block of one profile that was freed after it."""
     kept = []
     for _ in range(3):
         assert peak_memory(lambda: kept.append(torch.ones(1000)), CPU) == 4000
@@ -301,7 +288,9 @@ def test_blocks_that_an_earlier_profile_saw_do_not_confuse_a_later_one():
 
 def test_memory_of_a_cache_is_what_it_says(make_model):
     config = make_model().config
-    assert peak_memory(lambda: KVCache(config, 3, 7), CPU) == kv_cache_bytes(config, 3, 7)
+    assert peak_memory(lambda: KVCache(config, B=3, max_len=7), CPU) == kv_cache_bytes(
+        config, B=3, max_len=7
+    )
 
 
 @pytest.mark.parametrize("T", [32, 64, 128])
@@ -310,7 +299,8 @@ def test_naive_attention_holds_two_squares_of_scores(T):
     q = torch.randn(1, H, T, D)
     square = 4 * H * T * T  # float32 scores
     peak = peak_memory(lambda: naive_attention(q, q, q), CPU)
-    # masked_fill and softmax hold their input and their output; beside them at most copies of q, k, v and two masks
+    # masked_fill and softmax hold their input and their output; beside them at most copies of
+    # q, k, v and two masks
     assert 2 * square <= peak <= 2 * square + 2 * T * T + 5 * q.nbytes + 1024
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptlite import calibration
-from gptlite.bench import timing
+from gptlite.bench import Timing
 from gptlite.costs import decode_cost
 from gptlite.model import GPTConfig
 from gptlite.roofline import CALIBRATED_DTYPES, Machine, predict
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def one_time(seconds):
-    return timing([seconds])
+    return Timing.of([seconds])
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,25 @@ def test_a_calibrated_machine_predicts_and_survives_its_file(machine):
 
 
 def test_a_disturbed_overhead_does_not_eat_the_time(monkeypatch):
-    """A launch that is said to take longer than the whole call must not make the rest negative."""
+    """A launch said to take longer than the whole call must not make the rest negative."""
     monkeypatch.setattr(calibration, "measure", lambda *args, **kwargs: one_time(1e-3))
     rates = calibration.matvec_bandwidths(CPU, 1, overhead=1.0)
     rates += calibration.linear_rates(torch.float32, CPU, 1, overhead=1.0)
     assert all(rate > 0 for _, rate in rates)
+
+
+def test_launches_are_taken_off_what_matrices_in_turn_take(monkeypatch):
+    """By hand: a turn takes a second, and each of its calls a millisecond to launch."""
+    monkeypatch.setattr(calibration, "measure", lambda *args, **kwargs: one_time(1.0))
+    matvec = calibration.matvec_bandwidths(CPU, 1, overhead=1e-3)
+    matrix = 768 * 768 * 4
+    assert matvec[0] == [matrix, pytest.approx(8 * matrix / 0.992)]  # one matrix, eight times
+    assert matvec[4] == [16 * matrix, pytest.approx(16 * matrix / 0.984)]
+    assert matvec[7] == [128 * matrix, pytest.approx(128 * matrix / 0.872)]
+    linear = calibration.linear_rates(torch.float32, CPU, 1, overhead=1e-3)
+    # 2 x 4 rows x (2048 x 512) FLOPs for each of 32 matrices; with 1024 rows, of 3
+    assert linear[0] == [4, pytest.approx(32 * 8_388_608 / 0.968)]
+    assert linear[-1] == [1024, pytest.approx(3 * 2_147_483_648 / 0.997)]
 
 
 def test_the_fastest_kernel_is_named(monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlite import results
-from gptlite.bench import ratio, timing
+from gptlite.bench import Timing, ratio
 from gptlite.results import (
     Measurement,
     Results,
@@ -21,7 +21,6 @@ from gptlite.results import (
     runs,
 )
 from gptlite.roofline import Machine
-from gptlite.units import quantity
 
 MACHINE = Machine(
     name="Zen (TM) 9",
@@ -37,12 +36,12 @@ MACHINE = Machine(
 )
 DECODE = measurement(
     "decode",
-    timing([0.01, 0.02, 0.03]),
+    Timing.of([0.01, 0.02, 0.03]),
     command="make run NB=kv_cache",
     dtype="float32",
     context=256,
 )
-SPEEDUP = measurement("speed-up", ratio(timing([6.0, 5.0, 4.0]), timing([1.0, 1.0, 1.0])))
+SPEEDUP = measurement("speed-up", ratio(Timing.of([6.0, 5.0, 4.0]), Timing.of([1.0, 1.0, 1.0])))
 CACHE = measurement("cache", 4_718_592, "bytes")
 
 
@@ -231,26 +230,6 @@ def test_a_record_of_zero_has_no_ratio():
 def test_the_machine_s_title():
     assert machine_title(MACHINE) == "Zen (TM) 9, 2 threads"
     assert machine_title(replace(MACHINE, device="cuda")) == "Zen (TM) 9"
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "text"),
-    [
-        (0.0123, "s", "12.3 ms"),
-        (12.0, "s", "12.0 s"),
-        (4_718_592, "bytes", "4.72 MB"),
-        (12, "bytes", "12 bytes"),
-        (1500, "bytes", "1.50 kB"),
-        (497_759_232, "bytes", "498 MB"),
-        (3_114_000_000, "bytes", "3.11 GB"),
-        (5.3, "x", "5.30x"),
-        (24.123, "tokens/s", "24.1 tokens/s"),
-        (10_770_816, "parameters", "10,770,816 parameters"),
-        (7, "nodes", "7 nodes"),
-    ],
-)
-def test_quantities_read_well(value, unit, text):
-    assert quantity(value, unit) == text
 
 
 RUNS = {"command": "python a.py", "runs": {"one": {"val_loss": 1.5}}, "machine": {}, "date": ""}

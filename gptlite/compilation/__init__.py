@@ -1,4 +1,7 @@
-"""Faster arithmetic in the same model: Linears that stream their weights, attention that fuses; `fused_triton` on request."""
+"""Faster arithmetic in the same model: Linears that stream their weights, attention that fuses.
+
+Two kernels in Triton are in `fused_triton`, which is imported on request.
+"""
 
 from gptlite.compilation.linears import (
     GemvLinear,

@@ -1,7 +1,8 @@
-"""Two fused kernels written by hand, in Triton (Tillet, Kung and Cox, 2019), beside the eager code that they replace.
+"""Two fused kernels in Triton (Tillet, Kung and Cox, 2019), beside the eager code they replace.
 
-A chain of pointwise operations moves each number to memory and back once an operation; a fused kernel moves it once.
-Without a GPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 is set before anything imports Triton.
+A chain of pointwise operations moves each number to memory and back once an operation; a fused
+kernel moves it once. Without a GPU the kernels run in Triton's interpreter, if
+TRITON_INTERPRET=1 is set before anything imports Triton.
 """
 
 import torch
@@ -20,7 +21,7 @@ except ModuleNotFoundError as error:
 def add_layer_norm_eager(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The new residual stream and its normalised copy, both (..., C): what happens between two parts of a block."""
+    """Residual stream and normalised copy, both (..., C), as between two parts of a block."""
     residual = residual + x
     return residual, F.layer_norm(residual, weight.shape, weight, bias)
 
@@ -35,9 +36,8 @@ def _add_layer_norm(x, residual, weight, bias, added, normed, C, eps, BLOCK: tl.
     column = tl.arange(0, BLOCK)  # one program a row; BLOCK is C, rounded up to a power of two
     inside = column < C
     at = tl.program_id(0).to(tl.int64) * C + column
-    total = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(
-        residual + at, inside, 0.0
-    ).to(tl.float32)
+    total = tl.load(x + at, inside, 0.0).to(tl.float32)
+    total += tl.load(residual + at, inside, 0.0).to(tl.float32)
     total = total.to(added.dtype.element_ty)  # rounded as it is stored, as in the eager code
     tl.store(added + at, total, inside)
     total = total.to(tl.float32)
@@ -53,9 +53,8 @@ def _add_layer_norm(x, residual, weight, bias, added, normed, C, eps, BLOCK: tl.
 def _bias_gelu(x, bias, y, n, C, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    z = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(bias + at % C, inside, 0.0).to(
-        tl.float32
-    )
+    z = tl.load(x + at, inside, 0.0).to(tl.float32)
+    z += tl.load(bias + at % C, inside, 0.0).to(tl.float32)
     inner = 0.7978845608028654 * (z + 0.044715 * z * z * z)  # sqrt(2 / pi)
     result = z * tl.sigmoid(2.0 * inner)  # (1 + tanh(u)) / 2 is sigmoid(2 u)
     tl.store(y + at, result.to(y.dtype.element_ty), inside)
@@ -64,55 +63,47 @@ def _bias_gelu(x, bias, y, n, C, BLOCK: tl.constexpr):
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm_eager` in one kernel: x and residual are read once, both results written once."""
+    """`add_layer_norm_eager` in one kernel: inputs are read once, results written once."""
     x, residual, weight, bias = _checked(x=x, residual=residual, weight=weight, bias=bias)
     added, normed = torch.empty_like(x), torch.empty_like(x)
     C, rows = x.shape[-1], x.numel() // x.shape[-1]
-    _add_layer_norm[(rows,)](
-        x, residual, weight, bias, added, normed, C, eps, BLOCK=triton.next_power_of_2(C)
-    )
+    block = triton.next_power_of_2(C)
+    _add_layer_norm[(rows,)](x, residual, weight, bias, added, normed, C, eps, BLOCK=block)
     return added, normed
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """`bias_gelu_eager` in one kernel: x is read once, the result written once."""
     x, bias = _checked(x=x, bias=bias)
-    y, block = torch.empty_like(x), 1024
-    _bias_gelu[(triton.cdiv(x.numel(), block),)](
-        x, bias, y, x.numel(), x.shape[-1], BLOCK=block
-    )
+    y, n, block = torch.empty_like(x), x.numel(), 1024
+    _bias_gelu[(triton.cdiv(n, block),)](x, bias, y, n, x.shape[-1], BLOCK=block)
     return y
 
 
 def _checked(**tensors: Tensor) -> list[Tensor]:
-    """The tensors, contiguous, as the kernels' pointers assume; a sentence about one that does not fit."""
+    """The tensors, contiguous, as the kernels' pointers assume; an error if one does not."""
     x = tensors["x"]
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(
             f"x has the shape {tuple(x.shape)}, but must have at least one column."
         )
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"x is {x.dtype}, but must be torch.float32, torch.bfloat16 or torch.float16."
-        )
+        known = "torch.float32, torch.bfloat16 or torch.float16"
+        raise TypeError(f"x is {x.dtype}, but must be {known}.")
     for name, t in tensors.items():
         shape = x.shape if name in ("x", "residual") else x.shape[-1:]
         if t.shape != shape:
-            raise ValueError(
-                f"{name} has the shape {tuple(t.shape)}, but must have {tuple(shape)}."
-            )
+            sizes = f"{tuple(t.shape)}, but must have {tuple(shape)}"
+            raise ValueError(f"{name} has the shape {sizes}.")
         if (t.dtype, t.device) != (x.dtype, x.device):
-            raise TypeError(
-                f"{name} is {t.dtype} on {t.device}, but x is {x.dtype} on {x.device}."
-            )
+            found = f"{t.dtype} on {t.device}"
+            raise TypeError(f"{name} is {found}, but x is {x.dtype} on {x.device}.")
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         raise RuntimeError(
             "the kernels have no backward pass; call them under torch.no_grad()."
         )
-    if x.device.type == "cpu" and isinstance(
-        tl.sum, triton.JITFunction
-    ):  # Triton was imported to compile
-        raise RuntimeError(
-            "on a CPU, set TRITON_INTERPRET=1 before anything imports Triton, as torch.compile does."
-        )
+    # if sum is a JITFunction, Triton was imported to compile
+    if x.device.type == "cpu" and isinstance(tl.sum, triton.JITFunction):
+        remedy = "set TRITON_INTERPRET=1 before anything imports Triton, as torch.compile does"
+        raise RuntimeError(f"on a CPU, {remedy}.")
     return [t.contiguous() for t in tensors.values()]

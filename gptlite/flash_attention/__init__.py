@@ -1,4 +1,4 @@
-"""Attention in tiles, so that no square of scores is ever in memory; `kernel` is the same in Triton."""
+"""Attention in tiles: no square of scores is ever in memory; `kernel` is the same in Triton."""
 
 from gptlite.flash_attention.tiles import (
     Partial,
