@@ -54,7 +54,7 @@ class Launches(TorchDispatchMode):
 def run(config, Tq, Tk, B, cache, last_only, attention, mode):
     """One forward pass of a real model, seen by `mode`."""
     model = GPT(config, attention).eval()
-    cache = KVCache(config, B) if cache else None
+    cache = KVCache(config, B=B) if cache else None
     if Tk > Tq:
         model(torch.zeros(B, Tk - Tq, dtype=torch.long), cache)
     idx = torch.zeros(B, Tq, dtype=torch.long)
@@ -130,11 +130,9 @@ def test_each_parameter_is_read_once(step, dtype):
 @given(steps(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_each_cached_key_and_value_is_read_once(step, dtype):
     config, _, Tk, B = step
-    cached = (
-        total(operator_costs(config, 1, Tk, B, dtype)).bytes
-        - total(operator_costs(config, 1, 1, B, dtype)).bytes
-    )
-    assert cached == kv_cache_bytes(config, B, Tk, dtype) - kv_cache_bytes(config, B, 1, dtype)
+    read = [total(operator_costs(config, 1, T, B, dtype)).bytes for T in (1, Tk)]
+    held = [kv_cache_bytes(config, B=B, max_len=T, dtype=dtype) for T in (1, Tk)]
+    assert read[1] - read[0] == held[1] - held[0]
 
 
 @settings(max_examples=30, deadline=None)
@@ -144,9 +142,8 @@ def test_the_cache_is_written_once_for_each_new_token(step):
     with_cache, without = (
         total(operator_costs(config, Tq, Tk, B, cache=c)) for c in (True, False)
     )
-    assert with_cache.bytes - without.bytes == 2 * kv_cache_bytes(
-        config, B, Tq
-    )  # read, and written
+    held = kv_cache_bytes(config, B=B, max_len=Tq)
+    assert with_cache.bytes - without.bytes == 2 * held  # read, and written
     assert with_cache.flops == without.flops
 
 
