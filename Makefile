@@ -17,7 +17,7 @@ export PIP_ARGS
 export JUPYTER_PLATFORM_DIRS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test check run execute refresh lab serve clean
+.PHONY: help venv book test check run execute refresh lab serve release clean
 
 help: ## this list
 	@echo "GPTlite: make TARGET"
@@ -57,11 +57,14 @@ execute: $(READY) ## re-execute every notebook in place
 refresh: $(READY) ## store the listings of one notebook, or of all, anew, without executing anything: make refresh NB=kv_cache
 	$(PY) scripts/notebooks/refresh_listings.py $(NB)
 
-lab: $(READY) ## open the notebooks in JupyterLab
-	$(PY) -m jupyterlab notebooks
+lab: $(READY) ## open the first chapter in JupyterLab
+	JUPYTER_CONFIG_PATH=$(CURDIR)/scripts/lab $(PY) -m jupyterlab notebooks/baseline.ipynb
 
 serve: book ## build the site and serve it on this machine, at PORT (8000)
 	@$(PY) scripts/site/serve.py $(SITE) $(PORT)
+
+release: $(READY) ## version, changelog, wheel, commit and tag: make release VERSION=0.2.0
+	@$(PY) scripts/release.py $(VERSION)
 
 clean: ## delete what the build made; .venv stays (rm -r .venv deletes it)
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis .import_linter_cache gptlite.egg-info

@@ -36,9 +36,7 @@ def text(source, **metadata):
 
 def good_cells():
     return [
-        text(
-            f"# A chapter\n\nA promise. [Open in Colab]({setup_cell.colab_link('chapter.ipynb')})"
-        ),
+        text(f"# A chapter\n\nA promise. {setup_cell.colab_line('chapter.ipynb')}"),
         code(setup_cell.setup_cell()),
         text(
             "## The idea\n\nWith $T = 256$ tokens, $2 \\cdot 6$ values; `5 ms` is code, 32 x 256 a shape."
@@ -292,7 +290,8 @@ def test_the_setup_cell_is_the_same_everywhere(tmp_path, change):
 
 def test_a_colab_link_to_another_notebook_is_a_fault(tmp_path):
     cells = good_cells()
-    cells[0].source = cells[0].source.replace("chapter.ipynb", "other.ipynb")
+    link = f"[Open in Colab]({setup_cell.colab_link('other.ipynb')})"
+    cells[0].source = setup_cell.LINK.sub(link, cells[0].source)
     [fault] = faults(tmp_path, cells=cells)
     assert "should be" in fault
 

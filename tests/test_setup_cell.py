@@ -31,8 +31,8 @@ def test_a_git_ending_is_dropped(root):
 
 def test_the_cell_is_short_and_python():
     cell = setup_cell.setup_cell()
-    assert len(cell.splitlines()) <= 12
-    assert max(map(len, cell.splitlines())) <= 120
+    assert len(cell.splitlines()) <= 14
+    assert max(map(len, cell.splitlines())) <= 96
     ast.parse(TransformerManager().transform_cell(cell))
 
 

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import book_extension
 import jupyter_book
+import notebook_files
 import pytest
 import setup_cell
 import yaml
+from nbformat import v4
 from site_files import ROOT, SITE, Page, built_site, chapters, documents, pages
 
 pytestmark = pytest.mark.site
@@ -139,11 +142,37 @@ def test_no_markup_is_left_unrendered(all_pages):
 
 
 @pytest.mark.parametrize("name", chapters())
-def test_a_chapter_has_its_colab_button(site, name):
-    assert (
-        setup_cell.colab_link(f"{name}.ipynb")
-        in Page(site / "notebooks" / f"{name}.html").links
-    )
+def test_a_chapter_has_its_colab_button_where_there_is_an_address(site, name):
+    links = Page(site / "notebooks" / f"{name}.html").links
+    assert (setup_cell.colab_link(f"{name}.ipynb") in links) == setup_cell.published()
+
+
+def test_without_an_address_no_page_leads_there_and_every_page_says_so(all_pages):
+    if setup_cell.published():
+        pytest.skip("the book has an address")
+    for page in all_pages.values():
+        assert "OWNER/REPO" not in page.path.read_text(encoding="utf-8"), page.path
+        assert book_extension.NO_ADDRESS in " ".join("".join(page.text).split()), page.path
+
+
+def test_a_book_with_an_address_has_its_buttons(tmp_path):
+    """The same configuration, of a repository that is somewhere: Colab, source, canonical address."""
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell("# A\n\nText.")])
+    notebook_files.write(notebook, tmp_path / "a.ipynb")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: a\n")
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    config["repository"]["url"] = "https://github.com/ann/book"
+    (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
+    for needed in ("scripts", "gptlite", "assets", "book"):
+        (tmp_path / needed).symlink_to(ROOT / needed)
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    done = subprocess.run([jupyter_book, "build", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    page = (tmp_path / "_build" / "html" / "a.html").read_text(encoding="utf-8")
+    assert "https://colab.research.google.com/github/ann/book/blob/main/a.ipynb" in page
+    assert '<link rel="canonical" href="https://ann.github.io/book/a.html"' in page
+    assert "https://github.com/ann/book/issues/new" in page
+    assert book_extension.NO_ADDRESS not in page
 
 
 def test_the_site_map_lists_every_page(site):

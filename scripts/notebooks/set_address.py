@@ -1,7 +1,9 @@
 """Say where the repository is: python scripts/notebooks/set_address.py https://github.com/OWNER/REPO
 
-The address stands in _config.yml; this writes it there and into everything that follows it: README, CITATION.cff, and
-the setup cell and Colab link of each notebook. Without an argument it brings the followers in line with _config.yml.
+The address stands in _config.yml; this writes it there and into everything that follows it:
+README.md, CITATION.cff, and the setup cell and the link to Colab of each notebook. Without an
+argument it brings the followers in line with _config.yml. The workflow that publishes the book
+runs it, so that a fork's pages lead to the fork.
 """
 
 import re
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 import notebook_files
+import readme
 import setup_cell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,12 +19,13 @@ FOLLOWERS = ("README.md", "CITATION.cff")
 
 
 def follow(text: str, old: str, new: str) -> str:
-    """`text` with the repository `old` replaced by `new`, both as OWNER/REPO, wherever an address names it."""
+    """`text` with the repository `old`, as OWNER/REPO, replaced by `new` in every address."""
     text = re.sub(rf"(github\.com/|/github/){re.escape(old)}(?![\w.-])", rf"\g<1>{new}", text)
-    site_old, site_new = (
-        f"{name.split('/')[0].lower()}.github.io/{name.split('/')[1]}" for name in (old, new)
-    )
-    return text.replace(site_old, site_new)
+    pages = []
+    for name in (old, new):
+        owner, repository = name.split("/")
+        pages.append(f"{owner.lower()}.github.io/{repository}")
+    return text.replace(*pages)
 
 
 def repository_in(text: str) -> str | None:
@@ -40,9 +44,9 @@ def main() -> None:
             sys.exit(
                 f"set_address: {address} is not of the form https://github.com/OWNER/REPO."
             )
-        config.write_text(
-            re.sub(r"(?m)^(  url: ).*$", rf"\g<1>{address}", config.read_text(), count=1)
-        )
+        text = config.read_text(encoding="utf-8")
+        config.write_text(re.sub(r"(?m)^(  url: ).*$", rf"\g<1>{address}", text, count=1))
+        setup_cell.repository.cache_clear()
     new = setup_cell.repository()[0].removeprefix("https://github.com/")
     for name in FOLLOWERS:
         path = ROOT / name
@@ -53,6 +57,7 @@ def main() -> None:
         if setup_cell.differences(notebook, path.name):
             setup_cell.put(notebook, path.name)
             notebook_files.write(notebook, path)
+    readme.README.write_text(readme.text(), encoding="utf-8")
     print(f"README.md, CITATION.cff and the notebooks name {new}.")
 
 

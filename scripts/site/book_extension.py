@@ -336,10 +336,25 @@ def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
             code += nodes.Text(rest)
 
 
+NO_ADDRESS = (
+    "This copy of the book has no address yet: the buttons that open a page on Colab, show its "
+    "source and report an error appear where the book is published."
+)
+
+
 def set_addresses(app: Sphinx, config: Any) -> None:
-    """Where the site will be: on the pages of the repository that `_config.yml` names, unless it is said elsewhere."""
-    owner, repository = config.html_theme_options["repository_url"].rstrip("/").split("/")[-2:]
+    """Say where the site will be: on the pages of the repository that `_config.yml` names.
+
+    As long as that is OWNER/REPO nothing may lead there: no buttons, and every page says why.
+    """
+    options = config.html_theme_options
+    owner, repository = options["repository_url"].rstrip("/").split("/")[-2:]
     site = f"https://{owner.lower()}.github.io/{repository}/"
+    if (owner, repository) == ("OWNER", "REPO"):
+        site = "http://localhost:8000/"  # where `make serve` shows it
+        options |= {"use_repository_button": False, "use_issues_button": False}
+        options["launch_buttons"] = {}
+        options["extra_footer"] = f"{options.get('extra_footer', '')} {NO_ADDRESS}".strip()
     config.html_baseurl = config.html_baseurl or site
     config.ogp_site_url = config.ogp_site_url or config.html_baseurl
 
