@@ -1,21 +1,23 @@
-"""GPTlite: GPT-2's architecture in one file; grouped queries, and heads and MLPs of any width, are the only additions.
+"""GPTlite: GPT-2's architecture in one file.
 
-Shapes use one letter each: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary. C = H * D, unless
-heads have been taken out.
+Grouped queries, and heads and MLPs of any width, are the only additions. Shapes use one letter
+each: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary. C = H * D, but
+where heads have been taken out.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# attention(q, k, v, mask) with q (B, H, Tq, D) and k, v (B, H_kv, Tk, D) -> (B, H, Tq, D); the mask (Tq, Tk) is True
-# where a query may see a key, and None means causal: the last query sees every key
+# attention(q, k, v, mask) with q (B, H, Tq, D) and k, v (B, H_kv, Tk, D) -> (B, H, Tq, D); the
+# mask (Tq, Tk) is True where a query may see a key; None: causal, and the last query sees all
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -23,19 +25,25 @@ class LayerCache(Protocol):
     """What attention asks of one layer of a cache."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new keys and values (B, H_kv, T, D); return all that attention is to see, (B, H_kv, Tk, D)."""
+        """Keep new keys and values (B, H_kv, T, D); return all that attention is to see.
+
+        They have the shape (B, H_kv, Tk, D).
+        """
         ...
 
     def mask(self, T: int) -> Tensor | None:
-        """Which of those keys each of the last T queries may see, (T, Tk); None: all up to itself."""
+        """True (T, Tk) where one of the last T queries may see a key; None: all up to it."""
         ...
 
 
 class Cache(Protocol):
-    """What the model asks of a KV cache; `gptlite.kv_cache` and the chapters' smaller ones are of this form."""
+    """What the model asks of a KV cache, in this order; all caches here are of this form."""
 
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        """Positions (T,) of the next T tokens; a ValueError if they do not fit."""
+    def positions(self, T: int, block_size: int, device: torch.device) -> Tensor:
+        """Positions (T,) of the next T tokens, for a model that has `block_size` of them.
+
+        A ValueError if the cache has no room for the tokens, or the model no positions.
+        """
         ...
 
     def layer(self, i: int) -> LayerCache:
@@ -54,31 +62,21 @@ class GPTConfig:
     n_layer: int = 6
     n_head: int = 6
     n_embd: int = 384
-    block_size: int = 256  # the longest context: one learned position for each
+    # the longest context: one learned position for each
+    block_size: int = 256
     vocab_size: int = 65
-    n_kv_head: int | None = (
-        None  # heads of keys and values; None means n_head, fewer is grouped-query attention
-    )
-    dropout: float = 0.0  # on the embedding and on each residual branch, in training only
-    head_size: int | None = (
-        None  # None means n_embd / n_head; what is left after pruning may be another
-    )
-    n_hidden: int | None = None  # neurons of an MLP; None means 4 n_embd
+    # heads of keys and values; None means n_head, fewer is grouped-query attention
+    n_kv_head: int | None = None
+    # on the embedding and on each residual branch, in training only
+    dropout: float = 0.0
+    # None means n_embd / n_head; what is left after pruning may be another
+    head_size: int | None = None
+    # neurons of an MLP; None means 4 n_embd
+    n_hidden: int | None = None
 
     def __post_init__(self):
-        whole = (
-            "n_layer",
-            "n_head",
-            "n_embd",
-            "block_size",
-            "vocab_size",
-            "n_kv_head",
-            "head_size",
-            "n_hidden",
-        )
-        for name in whole:
-            value = getattr(self, name)
-            if value is not None and value < 1:
+        for name, value in vars(self).items():
+            if name != "dropout" and value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
         if self.head_size is None and self.n_embd % self.n_head:
             raise ValueError(
@@ -112,12 +110,12 @@ GPT2_XL = GPTConfig(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_s
 
 
 def causal_mask(Tq: int, Tk: int, device: torch.device | None = None) -> Tensor:
-    """Which of Tk keys each of the *last* Tq positions may see: a boolean rectangle (Tq, Tk), True where it may."""
+    """True (Tq, Tk) where one of the *last* Tq positions may see a key: a rectangle."""
     return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention as it is written on paper (Vaswani et al., 2017, equation 1), masked to the past."""
+    """Softmax attention as on paper (Vaswani et al., 2017, equation 1), masked to the past."""
     H, Tq, D = q.shape[1:]
     k = k.repeat_interleave(H // k.shape[1], dim=1)  # (B, H_kv, Tk, D) -> (B, H, Tk, D)
     v = v.repeat_interleave(H // v.shape[1], dim=1)
@@ -130,7 +128,8 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same function through PyTorch's fused `scaled_dot_product_attention`."""
     Tq, Tk = q.shape[2], k.shape[2]
-    # `is_causal` aligns the *first* query with the first key, so it is right only for a square; one query sees all keys
+    # `is_causal` aligns the *first* query with the first key, so it is right only for a square;
+    # one query sees all keys
     square = mask is None and 1 < Tq == Tk
     if mask is None and 1 < Tq < Tk:
         mask = causal_mask(Tq, Tk, q.device)
@@ -141,33 +140,27 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 
 class CausalSelfAttention(nn.Module):
-    """Queries, keys and values from one product, attention over past and present, and a projection back."""
+    """Queries, keys and values from one product, attention over past and present, and back."""
 
     def __init__(self, config: GPTConfig, attention: Attention):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = (
-            config.n_head,
-            config.kv_heads,
-            config.head_dim,
-        )
-        self.c_attn = nn.Linear(
-            config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim
-        )
-        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd)
-        self.attention = attention
+        self.n_head, self.n_kv_head = config.n_head, config.kv_heads
+        self.head_dim, self.attention = config.head_dim, attention
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        self.c_attn = nn.Linear(config.n_embd, width)
+        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        qkv = (
-            self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        )  # (B, H + 2 H_kv, T, D)
+        # (B, T, (H + 2 H_kv) D) -> (B, H + 2 H_kv, T, D)
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         mask = None
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, past + T, D)
             mask = cache.mask(T)
         y = self.attention(q, k, v, mask)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -183,7 +176,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: each part reads a normalised copy of the residual stream and adds its answer to it."""
+    """One layer: each part reads a normalised copy of the residual stream, and adds to it."""
 
     def __init__(self, config: GPTConfig, attention: Attention):
         super().__init__()
@@ -199,7 +192,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2: token and position embeddings, `n_layer` blocks, a final LayerNorm, and a head tied to the embedding."""
+    """A GPT-2: embeddings, `n_layer` blocks, a LayerNorm, and a head tied to the embedding."""
 
     def __init__(self, config: GPTConfig, attention: Attention = sdpa_attention):
         super().__init__()
@@ -214,7 +207,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's: normal(0, 0.02), smaller by sqrt(2 n_layer) for what is added to the residual stream."""
+        """GPT-2's: normal(0, 0.02), less by sqrt(2 n_layer) for what is added to the stream."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -225,21 +218,18 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, cache: Cache | None = None, last_only: bool = False
     ) -> Tensor:
-        """Logits (B, T, V) for the token after each of idx (B, T), given also what `cache` holds of its past.
+        """Logits (B, T, V) for the token after each of idx (B, T), given also the cache's past.
 
-        With `last_only` the head, the widest matrix, works for the last position alone: logits (B, 1, V).
+        With `last_only` the head, the widest matrix, works for the last position alone: logits
+        of the shape (B, 1, V).
         """
-        T = idx.shape[1]
-        longest = T if cache is None else cache.max_len
-        if longest > self.config.block_size:
-            raise ValueError(
-                f"{longest} tokens are more than the model's block_size of {self.config.block_size}."
-            )
-        positions = (
-            torch.arange(T, device=idx.device)
-            if cache is None
-            else cache.positions(T, idx.device)
-        )
+        T, longest = idx.shape[1], self.config.block_size
+        if cache is not None:
+            positions = cache.positions(T, longest, idx.device)
+        elif longest < T:
+            raise ValueError(f"{T} tokens are more than the model's block_size of {longest}.")
+        else:
+            positions = torch.arange(T, device=idx.device)
         x = self.dropout(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layer(i))
@@ -249,26 +239,67 @@ class GPT(nn.Module):
 
     def set_attention(self, attention: Attention) -> "GPT":
         """The same model computing its attention with another function."""
-        for block in self.h:
-            block.attn.attention = attention
+        for module in self.modules():
+            if isinstance(module, CausalSelfAttention):
+                module.attention = attention
         return self
 
-    def swap_linears(self, make: Callable[[nn.Linear], nn.Module]) -> "GPT":
-        """The same model, in place, with `make(linear)` where each Linear was, the head included."""
-        places = [
-            (m, name, c)
-            for m in self.modules()
-            for name, c in m.named_children()
-            if isinstance(c, nn.Linear)
-        ]
-        if not places:
+    def swap_linears(
+        self,
+        make: Callable[[nn.Linear], nn.Module],
+        where: Callable[[str, nn.Linear], bool] | None = None,
+    ) -> "GPT":
+        """The same model, in place, with `make(linear)` where each Linear was, also the head.
+
+        `where(name, linear)` says which, by dotted names; None means all. Everything is made
+        before anything is set, so that a `make` that fails leaves the model as it was.
+        """
+        linears = {n: m for n, m in self.named_modules() if isinstance(m, nn.Linear)}
+        if not linears:
             raise ValueError(
                 "the model has no Linear left to swap; begin with a copy of the original."
             )
-        for module, name, linear in places:
-            setattr(module, name, make(linear))
+        chosen = {n: m for n, m in linears.items() if where is None or where(n, m)}
+        if not chosen:
+            raise ValueError(f"none is to be swapped of the Linears {', '.join(linears)}.")
+        for name, module in {n: make(linear) for n, linear in chosen.items()}.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.get_submodule(parent), child, module)
         return self
 
     def n_params(self) -> int:
         """Parameters, the tied matrix counted once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def check_tied(model: GPT) -> None:
+    """Tie a model's head to its embedding again if both are equal; else a ValueError.
+
+    `lm_head = nn.Linear(...)`, `load_state_dict(assign=True)` and `to_empty()` part the two
+    without a word. Whoever keeps one matrix for both, as every file does, calls this before.
+    """
+    if getattr(model.lm_head, "bias", None) is not None:
+        raise ValueError("the model's head has a bias, which no GPT-2 has and would be lost.")
+    head, embedding = (m._parameters.get("weight") for m in (model.lm_head, model.wte))
+    if head is embedding or head is None or embedding is None:
+        return  # tied, or swapped for something that is not one matrix
+    alike = all(getattr(head, a) == getattr(embedding, a) for a in ("shape", "dtype", "device"))
+    if not alike or head.is_meta or not torch.equal(head, embedding):
+        raise ValueError(
+            "the model's lm_head.weight is another matrix than wte.weight, which would be kept "
+            "in its place; tie them first: model.lm_head.weight = model.wte.weight."
+        )
+    model.lm_head.weight = model.wte.weight
+
+
+# fn(module, inputs, output); what it returns, unless None, takes the output's place
+Watcher = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+
+
+@contextmanager
+def watch(modules: Iterable[nn.Module], fn: Watcher) -> Iterator[None]:
+    """While it lasts, each forward of one of the modules calls `fn(module, inputs, output)`."""
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(fn))
+        yield

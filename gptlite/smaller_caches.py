@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlite.kv_cache import KVCache, LayerCache, kv_cache_shape
+from gptlite.kv_cache import KVCache, LayerCache, check_block_size, check_keys, kv_cache_shape
 from gptlite.model import GPT, GPTConfig, causal_mask
 
 
@@ -65,6 +65,7 @@ class RollingKVCache(KVCache):
     def __init__(
         self,
         config: GPTConfig,
+        *,
         B: int = 1,
         window: int = 64,
         sinks: int = 4,
@@ -75,13 +76,18 @@ class RollingKVCache(KVCache):
             raise ValueError(
                 f"window is {window} and sinks is {sinks}, but they must be at least 1 and 0."
             )
-        super().__init__(config, B, sinks + window, dtype, device)
-        self.window, self.sinks, self.block_size = window, sinks, config.block_size
+        super().__init__(config, B=B, max_len=sinks + window, dtype=dtype, device=device)
+        self.window, self.sinks = window, sinks
 
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        """Positions (T,) of the next T tokens: in the text, as far as the model has any, and then round again."""
+    def room_for(self, T: int) -> bool:
+        """Whether T more tokens fit: always."""
+        return True
+
+    def positions(self, T: int, block_size: int, device: torch.device) -> Tensor:
+        """Positions (T,) of the next T tokens: in the text, and when all are used round again."""
+        check_block_size(self.max_len, block_size)
         token = torch.arange(self.length, self.length + T, device=device)
-        around = self.sinks + (token - self.sinks) % (self.block_size - self.sinks)
+        around = self.sinks + (token - self.sinks) % (block_size - self.sinks)
         return torch.where(token < self.sinks, token, around)
 
     def layer(self, i: int) -> "RollingLayerCache":
@@ -108,7 +114,7 @@ class RollingLayerCache(LayerCache):
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k and v (B, H_kv, T, D); return them behind what was kept, or for a single token what is kept now."""
-        self._check(k)
+        check_keys(k, self.k)
         k, v, T = k.detach(), v.detach(), k.shape[2]
         if (
             T == 1
@@ -175,6 +181,7 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
 
 def quantized_kv_cache_bytes(
     config: GPTConfig,
+    *,
     B: int = 1,
     max_len: int | None = None,
     bits: int = 8,
@@ -182,7 +189,7 @@ def quantized_kv_cache_bytes(
     dtype: torch.dtype = torch.float32,
 ) -> int:
     """Bytes of a `QuantizedKVCache`, known before it is made."""
-    L, B, H, T, D = kv_cache_shape(config, B, max_len)
+    L, B, H, T, D = kv_cache_shape(config, B=B, max_len=max_len)
     groups = math.ceil(T / group)
     keys = groups * (group * D * bits // 8 + 4 * D) + group * D * dtype.itemsize
     values = T * (D * bits // 8 + 4)
@@ -199,6 +206,7 @@ class QuantizedKVCache(KVCache):
     def __init__(
         self,
         config: GPTConfig,
+        *,
         B: int = 1,
         max_len: int | None = None,
         bits: int = 8,
@@ -206,7 +214,7 @@ class QuantizedKVCache(KVCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        L, B, H, T, D = kv_cache_shape(config, B, max_len)
+        L, B, H, T, D = kv_cache_shape(config, B=B, max_len=max_len)
         if bits not in (2, 4, 8) or D * bits % 8:
             raise ValueError(
                 f"bits is {bits}, but must be 2, 4 or 8, and {D} such codes must fill whole bytes."
@@ -271,7 +279,7 @@ class QuantizedLayerCache(LayerCache):
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k and v (B, H_kv, T, D); return past and present (B, H_kv, length + T, D), mostly rounded."""
-        self._check(k)
+        check_keys(k, self.recent)
         k, v, start, end = k.detach(), v.detach(), self.length, self.length + k.shape[2]
         self.v[:, :, start:end], self.v_scale[:, :, :, start:end] = quantize(v, self.bits, -1)
         group = self.recent.shape[2]
@@ -289,6 +297,3 @@ class QuantizedLayerCache(LayerCache):
         ).flatten(2, 3)
         values = dequantize(self.v[:, :, :end], self.v_scale[:, :, :, :end], self.bits, k.dtype)
         return torch.cat([keys, self.recent[:, :, : end - full * group]], 2), values
-
-    def _check(self, k: Tensor) -> None:
-        LayerCache(self.recent, self.recent, self.length)._check(k)

@@ -159,7 +159,9 @@ def test_the_cache_changes_nothing_also_past_block_size(
 ):
     model, idx = make_model(n_kv_head=n_kv_head), prompt(B, T)
     naive = generate(model, idx, new, generator=seeded(), **sampling)
-    cached = generate(model, idx, new, KVCache(model.config, B), generator=seeded(), **sampling)
+    cached = generate(
+        model, idx, new, KVCache(model.config, B=B), generator=seeded(), **sampling
+    )
     assert naive.shape == (B, T + new)
     assert torch.equal(naive[:, :T], idx)
     assert torch.equal(naive, cached)
@@ -197,7 +199,7 @@ def test_no_graph_is_made(make_model):
 @torch.no_grad()
 def test_prefill_and_decode_are_two_passes_of_the_model(make_model):
     model = make_model()
-    idx, cache = prompt(2, 9), KVCache(model.config, 2)
+    idx, cache = prompt(2, 9), KVCache(model.config, B=2)
     torch.testing.assert_close(
         prefill(model, idx[:, :8], cache), model(idx)[:, 7], atol=1e-5, rtol=1e-5
     )
@@ -274,6 +276,33 @@ def test_a_used_cache_works_again_once_rewound(make_model):
     assert torch.equal(generate(model, prompt(1, 3), 5, cache, temperature=0), first)
 
 
+def test_of_two_streams_begun_on_one_cache_the_second_is_refused(make_model):
+    """Both were begun while it was empty; the second is read when the first has been."""
+    model = make_model()
+    cache = KVCache(model.config)
+    first, second = (
+        stream(model, prompt(1, 3, seed), 5, cache, temperature=0) for seed in (0, 1)
+    )
+    expected = generate(model, prompt(1, 3), 5, temperature=0)[:, 3:]
+    assert torch.equal(torch.cat(list(first), 1), expected)
+    with pytest.raises(
+        ValueError, match=r"the cache holds 7 tokens of another text; rewind it first\."
+    ):
+        next(second)
+
+
+def test_a_stream_whose_cache_has_read_something_else_is_refused(make_model):
+    model = make_model()
+    cache = KVCache(model.config)
+    tokens = stream(model, prompt(1, 3), 5, cache)
+    next(tokens)
+    prefill(model, prompt(1, 4), cache)
+    with pytest.raises(
+        ValueError, match=r"holds 7 tokens .* this one left 3, so give each its"
+    ):
+        next(tokens)
+
+
 @pytest.mark.parametrize(
     ("idx", "new", "message"),
     [
@@ -299,10 +328,11 @@ def test_bad_prompts_are_refused_before_anything_is_computed(make_model, idx, ne
 def test_a_cache_that_is_too_short_is_refused_at_once_and_one_that_just_fits_works(make_model):
     model = make_model()
     with pytest.raises(
-        ValueError, match=r"the cache has room for 7 tokens, but the text will have more\."
+        ValueError, match=r"the cache has no room for the 7 tokens that it has to hold\."
     ):
-        stream(model, prompt(1, 4), 4, KVCache(model.config, max_len=7))
-    fits = generate(model, prompt(1, 4), 4, KVCache(model.config, max_len=8), temperature=0)
+        stream(model, prompt(1, 4), 4, KVCache(model.config, max_len=6))
+    # the last of the eight tokens is read by nobody
+    fits = generate(model, prompt(1, 4), 4, KVCache(model.config, max_len=7), temperature=0)
     assert torch.equal(fits, generate(model, prompt(1, 4), 4, temperature=0))
 
 

@@ -44,7 +44,7 @@ def test_any_split_of_the_prompt_gives_the_logits_of_one_pass(
     make_model, split, B, n_kv_head, attention, Cache
 ):
     (T, sizes), model = split, make_model(n_kv_head=n_kv_head).set_attention(attention)
-    idx, cache = prompt(B, T), Cache(model.config, B)
+    idx, cache = prompt(B, T), Cache(model.config, B=B)
     torch.testing.assert_close(in_chunks(model, idx, cache, sizes), model(idx), **CLOSE)
     assert cache.length == T
 
@@ -53,7 +53,7 @@ def test_any_split_of_the_prompt_gives_the_logits_of_one_pass(
 def test_rewinding_and_going_on_equals_a_fresh_text(make_model, data, Cache):
     """A text is read, part of it forgotten, and another end read instead, several times over."""
     model = make_model(n_kv_head=2)
-    cache, text = Cache(model.config, 2), torch.empty(2, 0, dtype=torch.long)
+    cache, text = Cache(model.config, B=2), torch.empty(2, 0, dtype=torch.long)
     for seed in range(data.draw(st.integers(1, 4))):
         keep = data.draw(st.integers(0, text.shape[1]))
         cache.rewind(keep)
@@ -75,12 +75,11 @@ def test_rewinding_and_going_on_equals_a_fresh_text(make_model, data, Cache):
 )
 def test_its_size_is_known_before_it_is_made(B, n_kv_head, max_len, dtype):
     config = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=24, n_kv_head=n_kv_head)
-    cache = KVCache(config, B, max_len, getattr(torch, dtype))
+    cache = KVCache(config, B=B, max_len=max_len, dtype=getattr(torch, dtype))
     assert cache.k.shape == cache.v.shape == (2, B, n_kv_head, max_len, 8)
     allocated = cache.k.untyped_storage().nbytes() + cache.v.untyped_storage().nbytes()
-    assert (
-        kv_cache_bytes(config, B, max_len, getattr(torch, dtype)) == cache.nbytes == allocated
-    )
+    known = kv_cache_bytes(config, B=B, max_len=max_len, dtype=getattr(torch, dtype))
+    assert known == cache.nbytes == allocated
     assert (cache.max_len, cache.length) == (max_len, 0)
 
 
@@ -101,14 +100,14 @@ def test_bytes_of_gpt2_small_by_hand():
 @both_caches
 def test_its_bytes_are_as_many_with_static_shapes(make_model, Cache):
     config = make_model().config
-    cache = Cache(config, 2, 7, torch.float16)
-    assert cache.nbytes == kv_cache_bytes(config, 2, 7, torch.float16)
+    cache = Cache(config, B=2, max_len=7, dtype=torch.float16)
+    assert cache.nbytes == kv_cache_bytes(config, B=2, max_len=7, dtype=torch.float16)
     assert (cache.max_len, cache.length) == (7, 0)
 
 
 def test_nothing_is_allocated_while_it_fills(make_model):
     model = make_model()
-    cache = KVCache(model.config, 1)
+    cache = KVCache(model.config)
     k, v = cache.k.data_ptr(), cache.v.data_ptr()
     seen, _ = LayerCache(cache.k[0], cache.v[0], 0).append(
         torch.ones(1, 4, 3, 8), torch.ones(1, 4, 3, 8)

@@ -16,8 +16,10 @@ from gptlite.model import (
     GPT2_XL,
     GPTConfig,
     causal_mask,
+    check_tied,
     naive_attention,
     sdpa_attention,
+    watch,
 )
 
 SHAPES = [
@@ -122,7 +124,7 @@ def test_widths_of_heads_and_mlp_are_free():
         5,
         7,
     )
-    cache = KVCache(config, 2, 8)
+    cache = KVCache(config, B=2, max_len=8)
     parts = [model(part, cache) for part in idx.split(3, 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
 
@@ -324,6 +326,113 @@ def test_swap_linears_reaches_each_one_and_keeps_the_tied_head(make_model):
     assert torch.equal(model(prompt(17, 2, 5)), expected)
     with pytest.raises(ValueError, match="the model has no Linear left to swap"):
         model.swap_linears(Swapped)  # a second kind would silently not be used
+
+
+def test_swap_linears_swaps_those_that_are_chosen_by_name(make_model):
+    model = make_model()
+    model.swap_linears(
+        lambda linear: torch.nn.Sequential(linear),
+        where=lambda name, linear: name.startswith("h.1.") and linear.out_features == 32,
+    )
+    swapped = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Sequential)]
+    assert swapped == ["h.1.attn.c_proj", "h.1.mlp.c_proj"]
+    with pytest.raises(ValueError, match=r"none is to be swapped of the Linears h\.0\.attn"):
+        model.swap_linears(torch.nn.Sequential, where=lambda name, linear: False)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_swap_that_fails_leaves_the_model_as_it_was(make_model, error):
+    """Half of it done would be finished with another kind the next time, without a word."""
+    model, made = make_model(), []
+
+    def make(linear):
+        if len(made) == 4:
+            raise error
+        made.append(linear)
+        return torch.nn.Sequential(linear)
+
+    before = dict(model.named_modules())
+    with pytest.raises(error):
+        model.swap_linears(make)
+    assert dict(model.named_modules()) == before
+
+
+def test_what_is_watched_is_seen_until_the_watch_ends(make_model):
+    model, idx, seen = make_model(), prompt(17, 1, 5), []
+    expected = model(idx)
+    heads = [block.attn.c_proj for block in model.h]
+    with watch(heads, lambda module, inputs, output: seen.append((module, *inputs, output))):
+        model(idx)
+    model(idx)
+    assert [module for module, _, _ in seen] == heads
+    for module, x, y in seen:
+        assert torch.equal(module(x), y)
+    with watch([model.ln_f], lambda module, inputs, output: torch.zeros_like(output)):
+        assert not model(idx).any()  # what it returns takes the output's place
+    assert torch.equal(model(idx), expected)
+
+
+def test_a_watch_that_fails_leaves_nothing_behind(make_model):
+    model = make_model()
+
+    def fail(module, inputs, output):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watch(model.h, fail):
+        model(prompt(17, 1, 5))
+    with pytest.raises(AttributeError), watch([*model.h, None], fail):
+        pass
+    model(prompt(17, 1, 5))
+
+
+def part(model, how):
+    """Part a model's head from its embedding as it happens in three ways."""
+    if how == "set":
+        model.lm_head = torch.nn.Linear(32, 17, bias=False)
+    elif how == "assign":
+        tensors = {n: t.clone() for n, t in model.state_dict().items()}
+        model.load_state_dict(tensors, assign=True)
+    else:
+        model.to("meta").to_empty(device="cpu")
+        for p in model.parameters():
+            torch.nn.init.ones_(p)
+    assert model.lm_head.weight is not model.wte.weight
+
+
+@pytest.mark.parametrize("how", ["assign", "to_empty"])
+def test_a_head_that_is_equal_is_tied_again(make_model, how):
+    model = make_model()
+    part(model, how)
+    check_tied(model)
+    assert model.lm_head.weight is model.wte.weight
+    check_tied(model)
+
+
+@pytest.mark.parametrize("how", ["set", "assign", "to_empty"])
+def test_a_head_of_its_own_is_refused_and_kept(make_model, how):
+    model = make_model()
+    part(model, how)
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] += 1
+    before = model.lm_head.weight
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix than wte\.weight"):
+        check_tied(model)
+    assert model.lm_head.weight is before
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"device": "meta"}])
+def test_a_head_of_another_kind_is_refused(make_model, change):
+    model = make_model()
+    model.lm_head.weight = torch.nn.Parameter(model.wte.weight.detach().to(**change))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix than wte\.weight"):
+        check_tied(model)
+
+
+def test_a_head_with_a_bias_is_refused(make_model):
+    model = make_model()
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(17))
+    with pytest.raises(ValueError, match="the model's head has a bias"):
+        check_tied(model)
 
 
 def test_more_tokens_than_positions(make_model):

@@ -251,7 +251,7 @@ def test_greedy_text_is_pytorch_s_token_by_token_also_past_the_window(
     tiny, sessions, form, by_layer
 ):
     idx = torch.randint(17, (2, 5), generator=torch.Generator().manual_seed(1))
-    expected = generate(tiny, idx, 30, KVCache(tiny.config, 2), temperature=0)
+    expected = generate(tiny, idx, 30, KVCache(tiny.config, B=2), temperature=0)
     model, cache = (
         OnnxGPT(sessions[form, by_layer], tiny.config),
         OnnxCache(tiny.config, 2, by_layer),

@@ -104,7 +104,7 @@ def test_a_shrunk_model_decodes_saves_and_loads(tmp_path):
     start = tokens(B=1)[:, :3]
     plain, cached = (
         generate(small, start, 5, cache, temperature=0)
-        for cache in (None, KVCache(small.config, 1, 8))
+        for cache in (None, KVCache(small.config, max_len=8))
     )
     assert torch.equal(plain, cached)
     save(tmp_path / "small.safetensors", small, tokenizer, {}, dtype=torch.float32)

@@ -253,7 +253,7 @@ def test_greedy_text_is_the_same_with_a_cache(make, grid):
     model, idx = quantized(make(), grid), prompt(2, 5)
     without = generate(model, idx, 20, temperature=0)
     assert torch.equal(
-        generate(model, idx, 20, KVCache(model.config, 2), temperature=0), without
+        generate(model, idx, 20, KVCache(model.config, B=2), temperature=0), without
     )
     assert len(without.unique()) > 3
 

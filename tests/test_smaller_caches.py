@@ -169,7 +169,7 @@ def test_a_rolling_cache_is_attention_under_a_window(
     make_model, sizes, window, sinks, n_kv_head
 ):
     model, idx = make_model(n_kv_head=n_kv_head), prompt(2, sum(sizes))
-    cache = RollingKVCache(model.config, 2, window, sinks)
+    cache = RollingKVCache(model.config, B=2, window=window, sinks=sinks)
     found = in_chunks(model, idx, cache, sizes)
     expected = copy.deepcopy(model).set_attention(windowed(window, sinks))(idx)
     torch.testing.assert_close(found, expected, **CLOSE)
@@ -187,17 +187,17 @@ def test_past_the_last_position_the_others_come_round(make_model, sizes, window,
     long = GPT(replace(model.config, block_size=idx.shape[1]), windowed(window, sinks)).eval()
     state = model.state_dict()
     long.load_state_dict(state | {"wpe.weight": state["wpe.weight"][rows]})
-    cache = RollingKVCache(model.config, 1, window, sinks)
+    cache = RollingKVCache(model.config, window=window, sinks=sinks)
     torch.testing.assert_close(in_chunks(model, idx, cache, sizes), long(idx), **CLOSE)
     assert cache.nbytes == 2 * 2 * 32 * (window + sinks) * 4  # however long the text
 
 
 def test_positions_come_round_without_those_of_the_sinks(make_model):
-    cache = RollingKVCache(make_model().config, 1, window=8, sinks=3)
+    cache = RollingKVCache(make_model().config, window=8, sinks=3)
     cache.length = 22
-    assert cache.positions(5, torch.device("cpu")).tolist() == [22, 23, 3, 4, 5]
+    assert cache.positions(5, 24, torch.device("cpu")).tolist() == [22, 23, 3, 4, 5]
     cache.length = 0
-    assert cache.positions(5, torch.device("cpu")).tolist() == [0, 1, 2, 3, 4]
+    assert cache.positions(5, 24, torch.device("cpu")).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_rolling_cache_refuses_what_it_cannot_do(make_model):
@@ -274,7 +274,7 @@ def test_eight_bits_change_little_however_the_text_is_split(
     make_model, sizes, group, n_kv_head
 ):
     model, idx = make_model(n_kv_head=n_kv_head), prompt(2, sum(sizes))
-    cache = QuantizedKVCache(model.config, 2, bits=8, group=group)
+    cache = QuantizedKVCache(model.config, B=2, bits=8, group=group)
     found, expected = in_chunks(model, idx, cache, sizes), model(idx)
     assert (found - expected).abs().max() < 0.05 * expected.std()
     assert cache.length == idx.shape[1]
@@ -284,7 +284,7 @@ def test_eight_bits_change_little_however_the_text_is_split(
 def test_what_the_cache_returns_is_rounded_group_by_group(make_model, before, T, group, bits):
     """Keys of whole groups and all values are those of `quantize`; keys of the last group are as they came."""
     T = min(T, 24 - before)
-    cache = QuantizedKVCache(make_model().config, 1, bits=bits, group=group)
+    cache = QuantizedKVCache(make_model().config, bits=bits, group=group)
     other, k, v = torch.randn(
         3, 1, 4, before + T, 8, generator=torch.Generator().manual_seed(T)
     )
@@ -303,7 +303,7 @@ def test_what_the_cache_returns_is_rounded_group_by_group(make_model, before, T,
 
 
 def test_rewinding_into_a_full_group_gives_its_keys_back_rounded(make_model):
-    cache = QuantizedKVCache(make_model().config, 1, bits=8, group=4)
+    cache = QuantizedKVCache(make_model().config, bits=8, group=4)
     k, v = torch.randn(2, 1, 4, 10, 8)
     for i in range(2):
         cache.layer(i).append(k, v)
@@ -326,8 +326,9 @@ def test_its_bytes_are_known_before_it_is_made(
     make_model, B, max_len, bits, group, n_kv_head, dtype
 ):
     config = make_model(n_kv_head=n_kv_head).config
-    cache = QuantizedKVCache(config, B, max_len, bits, group, dtype)
-    assert cache.nbytes == quantized_kv_cache_bytes(config, B, max_len, bits, group, dtype)
+    options = {"B": B, "max_len": max_len, "bits": bits, "group": group, "dtype": dtype}
+    cache = QuantizedKVCache(config, **options)
+    assert cache.nbytes == quantized_kv_cache_bytes(config, **options)
     assert cache.max_len == max_len
 
 
@@ -350,7 +351,7 @@ def test_a_quantized_cache_refuses_what_it_cannot_do(make_model):
         QuantizedKVCache(config, group=0)
     with pytest.raises(ValueError, match="and 1 such codes must fill whole bytes"):
         QuantizedKVCache(make_model(n_embd=4).config, bits=4)
-    cache = QuantizedKVCache(config, 2, max_len=6)
+    cache = QuantizedKVCache(config, B=2, max_len=6)
     with pytest.raises(ValueError, match=re.escape("7 tokens do not fit into a cache of 6.")):
         make_model()(prompt(2, 7), cache)
     with pytest.raises(ValueError, match="the model brings batch 1"):

@@ -84,14 +84,12 @@ class PastCache:
     The past is one tensor, or a list with one (B, H_kv, P, D) for each layer's keys and each layer's values.
     """
 
-    max_len = 0  # a graph has no `if` for too long a text: it looks up a position that is not there, and that fails
-
     def __init__(self, past: Tensor | Sequence[Tensor], layer: type[ConcatLayer]):
         self.length = past[0].shape[2]
         self.layers = [layer(past[i], past[i + 1]) for i in range(0, len(past), 2)]
 
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        """Positions (T,) of the next T tokens."""
+    def positions(self, T: int, block_size: int, device: torch.device) -> Tensor:
+        """Positions (T,) of the next T tokens; a graph has no `if` for those past block_size."""
         return torch.arange(self.length, self.length + T, device=device)
 
     def layer(self, i: int) -> ConcatLayer:

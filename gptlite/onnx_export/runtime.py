@@ -142,6 +142,10 @@ class OnnxCache:
         """Tokens in the cache, P."""
         return next(iter(self.past.values())).value.shape[-2]
 
+    def room_for(self, T: int) -> bool:
+        """Whether T more tokens fit."""
+        return self.length + T <= self.max_len
+
     def feed(self) -> dict[str, np.ndarray]:
         """The graph's inputs beside idx."""
         return {name: tensor.value for name, tensor in self.past.items()}
@@ -222,6 +226,10 @@ class BoundCache:
     def length(self) -> int:
         """Tokens in the cache, P."""
         return self.value.shape()[3]
+
+    def room_for(self, T: int) -> bool:
+        """Whether T more tokens fit."""
+        return self.length + T <= self.max_len
 
     def rewind(self, length: int = 0) -> None:
         """Forget everything; only that is possible here."""

@@ -107,7 +107,9 @@ class Compiled:
             torch.tensor(further).view(-1, 1, 1),
         )
         self.cache = StaticKVCache(
-            model.config, 1, len(prompt) + len(further), model.wpe.weight.dtype
+            model.config,
+            max_len=len(prompt) + len(further),
+            dtype=model.wpe.weight.dtype,
         )
         self.read, self.step = (
             torch.compile(fresh(prefill), **STATIC),
