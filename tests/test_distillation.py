@@ -1,21 +1,24 @@
-"""Each loss against its closed form and finite differences; the loops that use them learn what they say they learn."""
+"""Each loss against its closed form and finite differences; the loops learn what they say."""
 
 import math
 import re
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from sums import SHAPE, new_model
 
 from gptlite.distillation.losses import (
+    WARM,
     CoTraining,
     Distillation,
     Ensemble,
     HiddenMatching,
     forward_kl,
+    kl,
     logit_mse,
     mutual_loss,
     reverse_kl,
@@ -126,6 +129,45 @@ def test_the_direction_counts():
     )  # a student that misses one of two answers
 
 
+def test_what_the_teacher_rules_out_counts_for_nothing():
+    """p is (3/4, 1/4, 0) and q uniform: 3/4 log(9/4) + 1/4 log(3/4), whoever learns."""
+    ruled_out = torch.tensor([[math.log(3), 0.0, -math.inf]])
+    expected = 0.75 * math.log(9 / 4) + 0.25 * math.log(3 / 4)
+    for T in (1.0, 2.0 * WARM):
+        z, even = (T * ruled_out).requires_grad_(), torch.zeros(1, 3, requires_grad=True)
+        loss = kl(z, even, T)
+        loss.backward()
+        assert loss.item() == pytest.approx(T**2 * expected, rel=1e-6)
+        closed = T * torch.tensor([[1 / 3 - 3 / 4, 1 / 3 - 1 / 4, 1 / 3]])  # T (q - p)
+        torch.testing.assert_close(even.grad, closed)
+        slope = T * 3 / 16 * math.log(3)  # T p (1 - p) times the difference of the log ratios
+        torch.testing.assert_close(z.grad, torch.tensor([[slope, -slope, 0.0]]))
+    assert kl(torch.zeros(1, 3), ruled_out) == math.inf  # what is ruled out, but expected
+    assert kl(ruled_out, ruled_out) == 0
+    with pytest.raises(ValueError, match="a logit of the teacher is infinite"):
+        logit_mse(torch.zeros(1, 3), ruled_out)
+
+
+@pytest.mark.parametrize("T", [WARM, 1e3, 1e5, 1e6])
+def test_hot_distributions_are_told_apart(T):
+    """For two tokens: p's first has 1/2 + d, with d = tanh(2 / 2T) / 2, and q is even."""
+    teacher, student = torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2)
+    d = math.tanh(1 / T) / 2
+    # (1/2 + d) log(1 + 2d) + (1/2 - d) log(1 - 2d), as its series: no difference of equals
+    series = sum((2 * d) ** (2 * n) / (2 * n * (2 * n - 1)) for n in range(1, 9))
+    assert forward_kl(student, teacher, T).item() == pytest.approx(T**2 * series, rel=1e-3)
+    assert forward_kl(student, student, T).item() == 0
+
+
+def test_up_to_usual_temperatures_all_is_computed_in_float32():
+    """So that what was trained before comes out the same, bit for bit."""
+    student, teacher = logits(4, 6).float(), logits(4, 6, seed=1).float()
+    for T in (0.5, 1.0, 4.0, WARM):
+        log_p, log_q = ((z / T).log_softmax(-1) for z in (teacher, student))
+        before = T**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        assert torch.equal(forward_kl(student, teacher, T), before)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_logits_in_bfloat16_are_computed_in_float32(loss):
     student, teacher = logits(4, 6).bfloat16(), logits(4, 6, seed=1).bfloat16()
@@ -133,9 +175,9 @@ def test_logits_in_bfloat16_are_computed_in_float32(loss):
     assert loss(student, teacher) == loss(student.float(), teacher.float())
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("temperature", [0, -1.0, 1e-320, 1e9, math.inf, math.nan])
 def test_a_temperature_that_is_none(temperature):
-    says = f"the temperature is {temperature}, but must be a number above 0."
+    says = f"the temperature is {temperature}, but must be from 1e-6 to 1e6."
     for loss in LOSSES:
         with pytest.raises(ValueError, match=re.escape(says)):
             loss(logits(2, 3), logits(2, 3), temperature)
@@ -147,7 +189,7 @@ def test_labels_that_do_not_fit():
     for loss in LOSSES:
         with pytest.raises(
             ValueError,
-            match=r"the vocabularies differ: one side has (4 logits, the other 3|3 logits, the other 4)",
+            match=r"one side has (4 logits, the other 3|3 logits, the other 4)",
         ):
             loss(logits(2, 3), logits(2, 4))
         with pytest.raises(
@@ -262,11 +304,12 @@ def test_neither_of_two_learns_to_please_the_other():
     """Each side of the divergence has a gradient for its own model alone."""
     pair, x = CoTraining(new_model(0), new_model(1)), torch.zeros(2, 8, dtype=torch.long)
     mutual_loss(pair, x, x, alpha=1.0).backward()
-    b = pair.second(x)
-    alone = new_model(0)
-    forward_kl(alone(x), b.detach()).backward()
-    for p, q in zip(pair.first.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+    answers = {0: pair.first(x).detach(), 1: pair.second(x).detach()}
+    for seed, model in enumerate((pair.first, pair.second)):
+        alone = new_model(seed)
+        forward_kl(alone(x), answers[1 - seed]).backward()
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_hidden_states_come_nearer_and_the_student_alone_is_what_remains(corpus):
@@ -288,6 +331,18 @@ def test_hidden_states_come_nearer_and_the_student_alone_is_what_remains(corpus)
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_a_guess_of_nothing_is_off_by_one_whatever_the_teachers_size():
+    x, y = torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)
+    for size in (1.0, 10.0):
+        teacher = new_model(1).eval()
+        teacher.h[-1].mlp.c_proj.bias.data.fill_(size)
+        matching = HiddenMatching(new_model(), teacher, (0, 1), weight=0.25)
+        nn.init.zeros_(matching.projection.weight)
+        nn.init.zeros_(matching.projection.bias)
+        off = matching.loss(matching, x, y) - next_token_loss(matching.student, x, y)
+        assert off.item() == pytest.approx(0.25, abs=1e-6)
+
+
 def test_a_hidden_state_is_what_leaves_the_layer():
     model, x = new_model(), torch.randint(SHAPE.vocab_size, (2, 8))
     for layer in range(SHAPE.n_layer):
@@ -301,7 +356,5 @@ def test_a_hidden_state_is_what_leaves_the_layer():
 
 @pytest.mark.parametrize("layers", [(2, 0), (0, 5), (-1, 0)])
 def test_a_layer_that_is_not_there(layers):
-    with pytest.raises(
-        ValueError, match=r"layer -?\d is asked for, but the model has layers 0 to 1"
-    ):
+    with pytest.raises(ValueError, match=r"the layer is -?\d, but must be from 0 to 1\."):
         HiddenMatching(new_model(), new_model(1), layers)

@@ -1,4 +1,4 @@
-"""Labels stay with their samples: under any shuffle, any number of workers, any interruption; others are refused."""
+"""Labels stay with their samples under any shuffle and interruption; others are refused."""
 
 import json
 import os
@@ -13,15 +13,9 @@ from sums import TEXT, VOCABULARY
 from torch.utils.data import DataLoader
 
 from gptlite.corpus import CharTokenizer, windows
-from gptlite.distillation.labels import (
-    LabelStore,
-    fingerprint,
-    label_bytes,
-    record_dtype,
-    spread_rest,
-    write_labels,
-)
-from gptlite.distillation.losses import Distillation, forward_kl
+from gptlite.distillation.label_files import fingerprint, label_bytes, record_dtype
+from gptlite.distillation.labels import LabelStore, spread_rest, write_labels
+from gptlite.distillation.losses import Distillation, Ensemble, forward_kl
 from gptlite.model import GPT, GPTConfig
 from gptlite.train import TrainConfig, train
 
@@ -74,15 +68,11 @@ def test_every_window_has_its_own_labels(store, corpus, teacher):
         check(mine[0][None], mine[2][None], teacher, store.k)
 
 
-@pytest.mark.parametrize(
-    ("workers", "method"), [(0, None), (1, "spawn"), (2, "spawn"), (2, "forkserver")]
-)
-def test_any_shuffle_and_any_number_of_workers(store, teacher, workers, method):
-    options = {"multiprocessing_context": method} if workers else {}
-    loader = DataLoader(store, batch_size=5, shuffle=True, num_workers=workers, **options)
-    for _ in range(1 if workers else 2):
+def test_any_shuffle_and_any_number_of_workers(store, teacher):
+    spawned = {"num_workers": 2, "multiprocessing_context": "spawn"}
+    for options in ({}, {}, spawned):
         seen = 0
-        for x, _, log_p in loader:
+        for x, _, log_p in DataLoader(store, batch_size=5, shuffle=True, **options):
             check(x, log_p, teacher, store.k)
             seen += len(x)
         assert seen == len(store)
@@ -106,6 +96,18 @@ def test_a_pass_takes_each_window_once(store, corpus):
         starts.setdefault(step // n, []).append(tuple(x[0].tolist()))
     expected = sorted(tuple(store[i][0].tolist()) for i in range(n))
     assert sorted(starts[0]) == sorted(starts[1]) == expected and starts[0] != starts[1]
+
+
+def test_each_seed_has_an_order_of_its_own(store, corpus):
+    """The order of a pass is PyTorch's permutation for this seed, and not another's."""
+    n, orders = len(store), {}
+    for seed in (0, 1, 2):
+        rng = torch.Generator().manual_seed(1_000_003 * seed)
+        torch.randint(T, (1,), generator=rng)  # the offset that is drawn first
+        orders[seed] = torch.randperm(n, generator=rng)[:12]
+        x, _, _ = store.sample(corpus.train, T, 12, 0, seed)
+        assert torch.equal(x, torch.stack([store[i][0] for i in orders[seed].tolist()]))
+    assert not any(torch.equal(orders[0], orders[seed]) for seed in (1, 2))
 
 
 def test_training_from_the_store_is_training_with_the_teacher(store, corpus, teacher):
@@ -297,14 +299,14 @@ def test_bad_numbers(tmp_path, corpus, teacher, store):
     for n in (0, whole + 1):
         with pytest.raises(
             ValueError,
-            match=f"labels of {n} windows are asked for, but the text has from 1 to {whole}",
+            match=f"n is {n}, but the text has from 1 to {whole} windows of {T} tokens",
         ):
             write_labels(tmp_path, teacher, corpus, T, n=n)
     with pytest.raises(
         ValueError, match="the labels are of another text than the one to train on"
     ):
         store.sample(corpus.val, T, 2, 0)
-    with pytest.raises(ValueError, match=f"for windows of {T} tokens, but 4 are asked for"):
+    with pytest.raises(ValueError, match=f"for windows of {T} tokens, not of 4"):
         store.sample(corpus.train, 4, 2, 0)
     for i in (-1, len(store)):
         with pytest.raises(
@@ -322,3 +324,17 @@ def test_the_fingerprint_sees_weights_and_shape(teacher):
     heads = new_model(1, n_head=4)
     assert all(map(torch.equal, heads.state_dict().values(), teacher.state_dict().values()))
     assert fingerprint(heads) != fingerprint(teacher)
+
+
+def test_the_fingerprint_sees_every_teachers_settings():
+    """Those of all in an ensemble; one more option that is None changes nothing."""
+    pairs = [Ensemble(new_model(1), new_model(2, n_head=heads)) for heads in (2, 4)]
+    assert fingerprint(pairs[0]) != fingerprint(pairs[1])
+
+
+def test_a_teacher_that_answers_with_no_numbers_is_not_kept(tmp_path, corpus):
+    model = new_model(1)
+    model.ln_f.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the teacher's logits are NaN"):
+        write_labels(tmp_path, model, corpus, T, n=20)
+    assert not (tmp_path / "about.json").exists()

@@ -1,6 +1,7 @@
-"""A small model taught by a large one: the losses, and labels that are computed once and kept."""
+"""A small model taught by a large one: the losses, and labels computed once and kept."""
 
-from gptlite.distillation.labels import LabelStore, label_bytes, spread_rest, write_labels
+from gptlite.distillation.label_files import label_bytes
+from gptlite.distillation.labels import LabelStore, spread_rest, write_labels
 from gptlite.distillation.losses import (
     CoTraining,
     Distillation,
