@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import digests
 import notebook_files
 import pytest
 import run_notebooks
@@ -79,7 +80,8 @@ display({"text/plain": "5"}, raw=True, metadata={"scrapbook": {"name": "n", "mim
     notebook = notebook_files.read(path)
     cell = notebook.cells[1]
     assert cell.metadata == kept
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "gptlite"}
+    assert digests.stored(notebook) == digests.made_from(notebook)
     assert "version" not in notebook.metadata.language_info
     streams = {
         output.name: output.text for output in cell.outputs if output.output_type == "stream"

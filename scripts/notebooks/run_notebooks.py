@@ -4,7 +4,7 @@ python scripts/notebooks/run_notebooks.py [NAME ...]      all of them if none is
 
 A notebook is written only when all its cells ran; otherwise the old file stays as it is. What
 differs between two runs for no reason of the code's own (timestamps, widget states, versions of
-the kernel) is left out.
+the kernel) is left out; a digest of what the outputs were made from is added.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import digests
 import notebook_files
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -102,9 +103,13 @@ def tidy(notebook: NotebookNode) -> None:
 def run(path: Path, timeout: float = 900, progress=print) -> float:
     """Execute one notebook, replace it if all its cells ran, and return the seconds it took."""
     notebook = notebook_files.read(path)
+    parts = digests.made_from(
+        notebook
+    )  # of the code that the kernel imports, not of what it is then
     started = time.perf_counter()
     execute(notebook, path.parent, timeout, progress)
     tidy(notebook)
+    digests.put(notebook, parts)
     notebook_files.write(notebook, path)
     return time.perf_counter() - started
 
