@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -64,6 +66,28 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:  # a full disk, a folder of that name, an impatient reader
         part.unlink(missing_ok=True)
         raise
+
+
+def check_can_write(path: Path) -> None:
+    """Raise an OSError if no file could be put at a path: before the work, not after it."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise PermissionError(
+            f"{path} cannot be written, because nothing can be in {folder}; name another place."
+        )
+
+
+def as_json(value: Any, what: str) -> Any:
+    """The value as it is read back from JSON: tuples are lists then, and keys are strings.
+
+    A ValueError says what of it JSON cannot hold.
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}, {value!r}, cannot be kept as JSON ({error}).") from None
 
 
 def check_sha256(path: Path, expected: str, remedy: str) -> None:

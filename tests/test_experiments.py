@@ -13,7 +13,7 @@ import teaching
 import torch
 from sums import VOCABULARY
 
-from gptlite import train as training
+from gptlite.train import loop
 from gptlite.checkpoints import Checkpoint
 from gptlite.distillation.losses import forward_kl, reverse_kl
 from gptlite.pruning import shape_search
@@ -217,7 +217,7 @@ def test_the_search(experiment, monkeypatch, budget):
 def test_a_finished_student_is_read_from_where_it_was_kept(experiment, monkeypatch):
     record = experiment(distill_students)
     students = distill_students.Students(5, teaching.cache_folder() / "again.json")
-    monkeypatch.setattr(training.Run, "step", lambda self: pytest.fail("it was trained again"))
+    monkeypatch.setattr(loop.Run, "step", lambda self: pytest.fail("it was trained again"))
     model, log = students.trained(
         "small, baseline, seed 0", "small", 0, distill_students.Distillation(alpha=0)
     )
