@@ -8,7 +8,9 @@ SCRIPTS = Path(__file__).parent / "scripts"
 sys.path[:0] = [str(SCRIPTS / folder) for folder in ("", "experiments", "notebooks", "site")]
 
 # A drawing follows Matplotlib's version and HTML its maker's; what is compared is text, Markdown and stdout.
-NOT_COMPARED = ("image/svg+xml", "text/html", "stderr")
+NOT_COMPARED = (
+    "application/vnd.gptlite.figure+html", "image/svg+xml", "text/html", "stderr",
+)  # fmt: skip
 
 
 def pytest_configure(config):

@@ -8,12 +8,17 @@ import subprocess
 from dataclasses import asdict
 
 import book_extension
+import matplotlib.pyplot as plt
+import nbformat
 import pytest
 from docutils import nodes
+from nbformat import v4
 from sphinx.errors import ExtensionError
 
 from gptlite import checkpoints, results
 from gptlite.corpus import CharTokenizer
+from gptlite.figures import figure_output
+from gptlite.pictures import DRAWING
 from gptlite.roofline import Machine
 from gptlite.train import TrainConfig
 
@@ -162,6 +167,38 @@ def test_a_folded_cell_says_what_it_is():
     assert (named["prompt_show"], named.astext()) == ("Solution to 1", "x = 1")
     assert (shown["prompt_show"], shown.astext()) == ("?", "#@title Shown\nx")
     assert (plain["prompt_show"], plain.astext()) == ("Code", "y")
+
+
+class Book:
+    """What Sphinx hands to the extension: where pages come from."""
+
+    class env:  # noqa: N801
+        @staticmethod
+        def doc2path(page):
+            return page
+
+
+def test_of_a_figure_the_site_takes_the_drawing_and_of_other_outputs_everything():
+    figure, metadata = figure_output(plt.figure(), "Nothing.")
+    metadata["scrapbook"] = {"name": "empty", "mime_prefix": ""}
+    plt.close("all")
+    outputs = [
+        v4.new_output("display_data", data=figure, metadata=metadata),
+        v4.new_output("display_data", data={"image/png": "", "text/html": "<b>other</b>"}),
+        v4.new_output("stream", text=DRAWING),
+    ]
+    cells = [v4.new_markdown_cell("text"), v4.new_code_cell("", outputs=outputs)]
+    text = nbformat.writes(v4.new_notebook(cells=cells))
+    source = [text]
+    book_extension.take_drawings(Book, "notebooks/a.ipynb", source)
+    [drawing, *others] = nbformat.reads(source[0], as_version=4).cells[1].outputs
+    assert drawing.data == {"text/html": figure[DRAWING], "text/plain": "Figure: Nothing."}
+    assert drawing.metadata == metadata
+    assert others == outputs[1:]
+    for page, content in (("page.md", text), ("notebooks/a.ipynb", "{}")):
+        source = [content]
+        book_extension.take_drawings(Book, page, source)
+        assert source == [content]
 
 
 def test_the_app_s_place_names_what_is_downloaded(tmp_path):

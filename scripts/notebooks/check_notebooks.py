@@ -30,6 +30,7 @@ Fault = tuple[int, str]  # the cell's number, 0 for the notebook as a whole, and
 
 # not compared by nbval (conftest.py): a cell with only such outputs is checked for nothing
 NOT_COMPARED = {"image/png", "image/jpeg", "image/svg+xml", "text/html"}
+NOT_COMPARED |= {"application/vnd.gptlite.figure+html"}  # a figure, for the site
 SHOWS = {"show", "say", "table", "figure", "machine_line", "print", "display"}
 
 # a number and a unit of time, size, rate, ratio or loss, in text without formulae and code

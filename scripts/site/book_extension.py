@@ -336,6 +336,21 @@ def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
             code += nodes.Text(rest)
 
 
+def take_drawings(app: Sphinx, page: str, source: list[str]) -> None:
+    """Of each figure in a notebook that is read, leave the drawing, as HTML, and no picture."""
+    from gptlite.pictures import DRAWING
+
+    if DRAWING not in source[0] or not app.env.doc2path(page).endswith(".ipynb"):
+        return
+    notebook = json.loads(source[0])
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if DRAWING in data:
+                output["data"] = {"text/html": data[DRAWING], "text/plain": data["text/plain"]}
+    source[0] = json.dumps(notebook)
+
+
 NO_ADDRESS = (
     "This copy of the book has no address yet: the buttons that open a page on Colab, show its "
     "source and report an error appear where the book is published."
@@ -406,6 +421,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("recorded-results", RecordedResults)
     app.add_directive("try-it", TryIt)
     app.connect("config-inited", set_addresses, priority=900)
+    app.connect("source-read", take_drawings)
     app.connect("doctree-read", name_folded_cells)
     app.connect("html-page-context", name_list_items)
     app.connect("build-finished", copy_mathjax)
