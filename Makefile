@@ -9,19 +9,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SITE := _build/html
-# a measurement shares its cores with nobody: `make test`, which executes the notebooks, runs one test at a time
-PYTEST := $(PY) -m pytest
-NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=900
-
 export PIP_ARGS
 export JUPYTER_PLATFORM_DIRS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test check run execute refresh lab serve release clean
+.PHONY: help venv book test test-all check run execute refresh lab serve release clean
 
 help: ## this list
 	@echo "GPTlite: make TARGET"
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "Another Python: make book PYTHON=python3.12.  Options for pip: PIP_ARGS='...'."
 
@@ -36,16 +32,14 @@ book: $(READY) ## build the site, warnings as errors, and print the page to open
 	@echo "Building the book"
 	@$(PY) scripts/site/build_book.py $(SITE)
 
-test: $(READY) ## every test: unit, notebooks re-executed, built site, browser (needs Chromium and a C++ compiler)
-	@$(MAKE) --no-print-directory book
-	$(PY) scripts/notebooks/check_notebooks.py
-	$(PYTEST) $(NBVAL) --durations=12 tests notebooks
+test: $(READY) ## unit tests, built site, browser, the chapters that changed (needs Chromium and a C++ compiler)
+	@$(PY) scripts/run_tests.py
+
+test-all: $(READY) ## the same, and every chapter executed
+	@$(PY) scripts/run_tests.py --all
 
 check: $(READY) ## unit tests and notebook checks alone, in under 2 minutes
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) scripts/notebooks/check_notebooks.py
-	$(PYTEST) -n 2 --dist loadfile -m "not site and not browser and not notebook and not slow" tests
+	@$(PY) scripts/run_tests.py --check
 
 run: $(READY) ## re-execute one notebook in place: make run NB=kv_cache
 	@test -n "$(NB)" || { echo "make: name a notebook: make run NB=kv_cache"; exit 1; }

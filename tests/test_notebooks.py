@@ -1,4 +1,4 @@
-"""The chapters as they are stored. `make test` also runs every cell of them, through nbval: see the Makefile."""
+"""The chapters as they are stored; `make test` also executes some, by nbval (run_tests.py)."""
 
 import re
 import subprocess
@@ -49,20 +49,6 @@ def test_every_chapter_compares_its_listings_and_results():
         assert not untagged, (
             f"{path.name} shows source that may go stale: tag {untagged} nbval-check-output"
         )
-
-
-def test_make_test_runs_nbval_over_the_notebooks():
-    makefile = (notebook_files.ROOT / "Makefile").read_text()
-    assert re.search(
-        r"^NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=\d+$",
-        makefile,
-        re.MULTILINE,
-    )
-    assert re.search(
-        r"^\t.*\$\(NBVAL\).* notebooks$",
-        makefile.split("\ntest:")[1].split("\n\n")[0],
-        re.MULTILINE,
-    )
 
 
 def displayed(mime, text):
