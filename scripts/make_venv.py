@@ -1,6 +1,7 @@
-"""Make .venv from requirements.txt and install gptlite in it, editable; say in one sentence what is missing.
+"""Make .venv from requirements.txt and install gptlite in it, editable, or say what is missing.
 
-Run by the Makefile with whatever `python3` the reader has, so it is written to be read by old versions as well.
+Run by the Makefile with whatever `python3` the reader has, so it is written to be read by old
+versions as well.
 """
 
 import os
@@ -22,19 +23,10 @@ def run(command, **options):
 
 
 def pip_install(python, arguments, log):
-    """Run `pip install`, what a reader waits for shown, all of it kept; return its exit status and its output."""
+    """Run `pip install`, showing what a reader waits for; return its exit status and output."""
     # modules are compiled when they are first imported: most never are
-    command = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "--progress-bar",
-        "off",
-        "--no-compile",
-    ]
-    command += arguments
+    options = "--disable-pip-version-check --progress-bar off --no-compile"
+    command = [python, "-m", "pip", "install"] + options.split() + arguments
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -61,8 +53,8 @@ def main(venv):
     if sys.version_info < FLOOR:
         found = ".".join(str(n) for n in sys.version_info[:3])
         fail(
-            "%s is Python %s, but the book needs %s or newer; name another one with `make book PYTHON=python3.11`."
-            % (sys.executable, found, wanted)
+            "%s is Python %s, but the book needs %s or newer; name another one with "
+            "`make book PYTHON=python3.11`." % (sys.executable, found, wanted)
         )
     try:
         import ensurepip  # noqa: F401  (Debian ships venv without it)
@@ -70,8 +62,8 @@ def main(venv):
     except ImportError:
         version = "%d.%d" % sys.version_info[:2]
         fail(
-            "this Python has no venv module; install it (Debian, Ubuntu: apt-get install python%s-venv)."
-            % version
+            "this Python has no venv module; install it (Debian, Ubuntu: apt-get install "
+            "python%s-venv)." % version
         )
 
     python = os.path.join(venv, "bin", "python")
@@ -95,31 +87,22 @@ def main(venv):
             python, ["--no-deps", "--no-build-isolation", "-e", "."] + extra, log
         )
     if status:
-        signs = (
-            "newconnectionerror",
-            "name resolution",
-            "connection refused",
-            "connection broken",
-            "timed out",
-            "network is unreachable",
-            "connecttimeout",
-            "proxyerror",
-            "max retries",
-            "no matching distribution",
-        )
+        signs = "newconnectionerror, name resolution, connection refused, connection broken"
+        signs += ", timed out, network is unreachable, connecttimeout, proxyerror, max retries"
+        signs += ", no matching distribution"
         if "no space left" in said:
             fail(
                 "the disk is full; the environment takes about 2 GB. The whole log is in %s."
                 % log
             )
-        if any(sign in said for sign in signs):
+        if any(sign in said for sign in signs.split(", ")):
             fail(
-                "the package index could not be reached or lacks a package; is there a network? The log is %s."
-                % log
+                "the package index could not be reached or lacks a package; is there a "
+                "network? The log is %s." % log
             )
         fail(
-            "pip could not install the requirements; its own message is above, the whole log in %s."
-            % log
+            "pip could not install the requirements; its own message is above, the whole log "
+            "in %s." % log
         )
 
 

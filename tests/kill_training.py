@@ -1,6 +1,7 @@
-"""Train a tiny model, being killed again and again: `python kill_training.py FOLDER`, for test_train.
+"""Train a tiny model, being killed again and again: `python kill_training.py FOLDER`.
 
-Writes FOLDER/killed.json and FOLDER/whole.json: the losses and the weights of the killed run, and of one left alone.
+For test_train_state. Writes FOLDER/killed.json and FOLDER/whole.json: the losses and the
+weights of the killed run, and of one left alone.
 Each life is a fork of this process, because a fresh Python takes seconds to import torch.
 """
 

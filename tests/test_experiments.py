@@ -1,4 +1,4 @@
-"""The experiments that take hours, on a tiny model: every run recorded, alike but for what is compared, and kept."""
+"""The experiments that take hours, on a tiny model: every run is recorded, comparable and kept."""
 
 import json
 import sys

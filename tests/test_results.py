@@ -1,4 +1,4 @@
-"""What is recorded comes back, replaces only its own metric, and a broken file is named and explained."""
+"""What is recorded comes back, replaces only its own metric; a broken file is explained."""
 
 import json
 import os
@@ -208,6 +208,24 @@ def test_the_table_sets_here_beside_there():
     ]
 
 
+def test_a_record_does_not_stand_beside_itself():
+    """As on the book's pages, whose measurements have just been recorded: no "here 1.00x"."""
+    own = Results(MACHINE, {m.metric: m for m in (DECODE, CACHE)})
+    gpu = replace(MACHINE, name="GPU", device="cuda")
+    other = Results(gpu, {"decode": replace(DECODE, value=0.02, low=0.0, high=1.0)})
+    text = beside_the_book(MACHINE, [DECODE, CACHE], {"own": own, "other": other})
+    assert text.splitlines() == [
+        "|  | the book's: Zen (TM) 9, 2 threads | GPU |",
+        "| --- | ---: | ---: |",
+        "| decode | 20.0 ms | 20.0 ms |",
+        "| cache | 4.72 MB | not recorded |",
+    ]
+    again = replace(DECODE, value=0.021)  # the same machine, on another day
+    text = beside_the_book(MACHINE, [again, CACHE], {"own": own})
+    assert text.splitlines()[0] == "|  | here: Zen (TM) 9, 2 threads | Zen (TM) 9, 2 threads |"
+    assert text.splitlines()[2] == "| decode | 21.0 ms | 20.0 ms (here 1.05x) |"
+
+
 def test_the_table_stands_without_any_record():
     assert beside_the_book(MACHINE, [CACHE], {}).splitlines()[-1] == "| cache | 4.72 MB |"
     assert len(beside_the_book(MACHINE, [], {}).splitlines()) == 2
@@ -223,7 +241,7 @@ def test_the_table_does_not_compare_seconds_with_bytes():
 
 def test_a_record_of_zero_has_no_ratio():
     nothing = measurement("difference", 0, "logits")
-    book = {"m": Results(MACHINE, {"difference": nothing})}
+    book = {"m": Results(replace(MACHINE, threads=4), {"difference": nothing})}
     assert beside_the_book(MACHINE, [nothing], book).endswith("| 0 logits | 0 logits |")
 
 

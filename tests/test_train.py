@@ -27,7 +27,7 @@ from gptlite.train import (
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_the_loss_goes_down(corpus, optimizer):
-    """From knowing nothing to clearly less than the entropy of single characters, on text that was held out too."""
+    """From knowing nothing to less than the entropy of characters, on held-out text too."""
     frequency = torch.bincount(corpus.train.long()) / len(corpus.train)
     entropy = -(frequency * frequency.clamp_min(1e-9).log()).sum().item()
     model = new_model(dropout=0.0)
@@ -62,7 +62,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
 
 
 class Two(torch.nn.Module):
-    """Models that learn together, and something between them; it has neither blocks nor a shape."""
+    """Models that learn together, and more; it has neither blocks nor a shape itself."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ def test_the_learning_rate_is_a_trapezoid(corpus):
 
 
 def test_each_step_uses_the_learning_rate_of_that_step(corpus, monkeypatch):
-    """A rate of zero moves nothing; and a factor is never applied to one that was already scaled."""
+    """A rate of zero moves nothing; a factor is never applied to a rate that has one."""
     seen = []
     monkeypatch.setattr(loop, "lr_factor", lambda step, config: 0.5)
     original = torch.optim.AdamW.step
@@ -124,7 +124,7 @@ def test_each_step_uses_the_learning_rate_of_that_step(corpus, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradients_are_clipped(corpus, monkeypatch, dtype):
-    """What the optimizer sees is of norm `clip` at most, over all parameters together, and not scaled any more."""
+    """The optimizer sees a norm of `clip` at most, over all parameters, and nothing scaled."""
     norms = []
 
     def spy(self, closure=None):
@@ -163,7 +163,7 @@ def test_what_was_asked_of_a_model_before_is_not_trained_on(corpus):
 
 
 def test_the_loss_can_be_swapped(corpus):
-    """As distillation does: the loop calls the function with the model, the inputs and the targets of a step."""
+    """As distillation does: it gets the model, the inputs and the targets of a step."""
     calls = []
 
     def half(model, x, y):
@@ -191,7 +191,7 @@ def test_the_penalty_is_the_entropy_of_the_predictions(corpus):
 
 
 def test_the_penalty_makes_predictions_softer():
-    """Where the text alone teaches a probability of 0.9, it becomes about that of the temperature 1 + weight."""
+    """Where the text teaches 0.9, it becomes about what a temperature of 1 + weight makes."""
 
     class Bias(torch.nn.Module):
         def __init__(self):

@@ -295,10 +295,8 @@ def test_the_command_line_shows_no_traceback(text_file, tmp_path):
         *command(text_file, tmp_path / "out.safetensors", "--corpus", "nowhere.txt"),
     )
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == "error: no corpus at nowhere.txt; use plays, tinyshakespeare or a text file's path.\n"
-    )
+    message = "no corpus at nowhere.txt; use plays, tinyshakespeare or a text file's path."
+    assert done.stderr == f"error: {message}\n"
 
 
 def test_a_text_too_short_to_evaluate_is_refused_by_the_command_line_at_once(tmp_path):

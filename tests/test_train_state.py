@@ -1,4 +1,4 @@
-"""What a run keeps: a killed one goes on exactly, and nothing dead or foreign takes its place."""
+"""What a run keeps: a killed one goes on exactly; nothing dead or foreign is taken for it."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_a_run_can_be_prolonged(corpus, tmp_path):
 
 
 def test_a_state_without_a_corpus_goes_on(corpus, tmp_path):
-    """States written before the corpus was part of them, and those of float32 runs, which scale no gradients."""
+    """States written before it was part of them; and float32 runs, which scale no gradients."""
     state = tmp_path / "run.state"
     quiet(new_model(), corpus, QUICK, state_path=state, save_every=1, stop_after=3)
     tensors, info = read_tensors(state)
@@ -126,7 +126,8 @@ def test_the_state_of_a_run_on_another_text_is_refused(corpus, tmp_path):
     state = tmp_path / "run.state"
     quiet(new_model(), corpus, QUICK, state_path=state)
     other = replace(corpus, train=corpus.train.flip(0))
-    message = rf"holds another run \(corpus {corpus.fingerprint} -> {other.fingerprint}\); delete it to start anew\."
+    change = f"corpus {corpus.fingerprint} -> {other.fingerprint}"
+    message = rf"holds another run \({change}\); delete it to start anew\."
     with pytest.raises(ValueError, match=message):
         quiet(new_model(), other, QUICK, state_path=state)
 
@@ -164,7 +165,7 @@ RECIPE = {"size": (2, 3), "rates": {1: 0.5}, "teacher": None, "text": "é"}
 
 
 def test_a_recipe_is_kept_as_it_is_read_back(corpus, tmp_path):
-    """Tuples come back as lists, and numbers that are keys as words: that is no other recipe."""
+    """Tuples come back as lists, and keys as words: that is no other recipe."""
     state = tmp_path / "run.state"
     options = {"state_path": state, "recipe": RECIPE}
     quiet(new_model(), corpus, QUICK, **options, save_every=1, stop_after=2)
@@ -258,7 +259,7 @@ def test_a_state_that_is_not_described_as_one_is_refused(corpus, tmp_path, chang
     not hasattr(os, "fork"), reason="forks, since killing needs processes that start quickly"
 )
 def test_a_killed_run_goes_on_to_the_bit(tmp_path):
-    """SIGKILL inside of a step, in the middle of writing, between writing and renaming, and at random moments."""
+    """SIGKILL in a step, while writing, between writing and renaming, and at random moments."""
     done = run_python(ROOT / "tests" / "kill_training.py", tmp_path)
     assert done.returncode == 0, done.stderr
     killed, whole = (
@@ -273,7 +274,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_number_formats(corpus, tmp_path, dtype):
-    """Products in 16 bits, weights and optimizer in 32; close to float32, and resumed to the bit (with its scale)."""
+    """Products in 16 bits, weights in 32; close to float32, and resumed to the bit."""
     seen, state = [], tmp_path / "run.state"
 
     def watching(model, x, y):
@@ -295,7 +296,7 @@ def test_other_number_formats(corpus, tmp_path, dtype):
 
 
 def test_the_scale_of_float16_gradients_is_part_of_the_state(corpus, tmp_path):
-    """An overflow halves it: a run that forgot so would overflow again and skip steps that the other took."""
+    """An overflow halves it: a run that forgot so would leave out steps that the other took."""
     state, whole = tmp_path / "run.state", new_model()
     options = {
         "dtype": torch.float16,
