@@ -7,9 +7,12 @@ rules where the operators are small.
 
 import json
 import math
+import os
 import time
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import device as Device  # under another name: inside Machine `torch` is a field
@@ -19,6 +22,7 @@ from torch import float32
 from gptlite import calibration
 from gptlite.costs import Cost, decode_cost
 from gptlite.device import pick_device, processor_name
+from gptlite.files import write_atomically
 from gptlite.model import GPTConfig
 from gptlite.units import quantity
 
@@ -62,8 +66,25 @@ class Machine:
 
     @classmethod
     def calibrate(cls, device: Device | None = None, quick: bool = False) -> "Machine":
-        """Measure this machine; `quick` is rougher. Other work under way spoils it."""
+        """Measure this machine; `quick` is rougher. Other work under way spoils it.
+
+        Several programs can share a calibration: where $GPTLITE_CALIBRATION names a file, what
+        was measured with the same processor, threads and torch is read from it, or else added.
+        """
         device = pick_device() if device is None else torch.device(device)
+        if not (file := os.environ.get("GPTLITE_CALIBRATION")):
+            return cls._measure(device, quick)
+        key = f"{processor_name(device)}, {torch.get_num_threads()} threads"
+        key += f", torch {torch.__version__}{', quick' * quick}"
+        known = _read_calibrations(Path(file))
+        if key not in known:
+            known[key] = asdict(cls._measure(device, quick))
+            write_atomically(Path(file), json.dumps(known, indent=1).encode())
+        return cls.from_json(json.dumps(known[key]))
+
+    @classmethod
+    def _measure(cls, device: Device, quick: bool) -> "Machine":
+        """The machine, measured now."""
         repeats, tries = (3, 3) if quick else (15, 9)
         dtypes = {name: getattr(torch, name) for name in CALIBRATED_DTYPES}
         # next to nothing but launches
@@ -141,6 +162,18 @@ def _interpolate(pairs: list[list[float]], x: float) -> float:
         return values[min(i, len(places) - 1)]
     share = math.log(x / places[i - 1]) / math.log(places[i] / places[i - 1])
     return values[i - 1] + share * (values[i] - values[i - 1])
+
+
+def _read_calibrations(file: Path) -> dict[str, Any]:
+    """Calibrations kept in a file, none if it is not there; a ValueError if it holds others."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is no file of calibrations ({error}); delete it.") from None
+    if not isinstance(known, dict):
+        kind = type(known).__name__
+        raise ValueError(f"{file} is no file of calibrations (it holds a {kind}); delete it.")
+    return known
 
 
 def _calibrated(machine: Machine, dtype: torch.dtype) -> str:

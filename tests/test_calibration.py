@@ -137,3 +137,57 @@ def test_threads_that_wait_for_a_core_do_not_end_the_search(monkeypatch):
     seconds = iter([0.04, 0.05, 0.03, 0.03, 0.02, 0.2])  # of 64, 128, 256, 512, 1024 and 2048
     monkeypatch.setattr(calibration, "measure", lambda *args, **kwargs: one_time(next(seconds)))
     assert calibration.gemm_rate(torch.float32, CPU, 1) == 2 * 1024**3 / 0.02
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The file in which calibrations are kept, and how often the machine is really measured."""
+    measured = []
+    rates = {"read_bandwidth": 2e9, "read_kernel": "float32 sum", "matvec": [[1e6, 1e9]]}
+    rates |= {"flops": {"float32": 1e9}, "overhead": 1e-6}
+
+    def measure(cls, device, quick):
+        measured.append(quick)
+        here = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        return Machine(name="a", device=device.type, date=str(len(measured)), **rates, **here)
+
+    monkeypatch.setattr(Machine, "_measure", classmethod(measure))
+    monkeypatch.setenv("GPTLITE_CALIBRATION", str(tmp_path / "kept" / "machines.json"))
+    return tmp_path / "kept" / "machines.json", measured
+
+
+def test_a_calibration_is_shared_by_the_same_threads_and_torch_alone(kept, monkeypatch):
+    file, measured = kept
+    first = Machine.calibrate(CPU)
+    assert Machine.calibrate(CPU) == first
+    assert measured == [False]
+    assert Machine.calibrate(CPU, quick=True) != first
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert Machine.calibrate(CPU).threads == 64
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert Machine.calibrate(CPU).torch == "9.9"
+    assert measured == [False, True, False, False]
+    monkeypatch.undo()
+    monkeypatch.setenv("GPTLITE_CALIBRATION", str(file))
+    assert Machine.calibrate(CPU) == first
+
+
+def test_without_a_file_every_calibration_is_measured(kept, monkeypatch):
+    file, measured = kept
+    monkeypatch.delenv("GPTLITE_CALIBRATION")
+    assert Machine.calibrate(CPU) != Machine.calibrate(CPU)
+    assert not file.exists()
+    assert measured == [False, False]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"'])
+def test_a_file_of_something_else_is_named_and_stays(kept, content):
+    file, measured = kept
+    file.parent.mkdir()
+    file.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"machines.json is no file of calibrations .*delete it"
+    ):
+        Machine.calibrate(CPU)
+    assert file.read_text() == content
+    assert not measured
