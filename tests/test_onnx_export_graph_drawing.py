@@ -1,8 +1,9 @@
-"""Drawings of graphs say all that a graph holds, stand in any page, and are the same bytes each time."""
+"""Drawings of graphs say all that a graph holds, stand in any page, and are seen everywhere."""
 
+import base64
+import io
 import logging
 import re
-import struct
 import warnings
 from collections import Counter
 from types import SimpleNamespace
@@ -10,13 +11,16 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
+from PIL import Image
 from test_onnx_export_graphs import CONFIG, perceptron
 
 from gptlite.model import Block, naive_attention
 from gptlite.onnx_export import graph_drawing
-from gptlite.onnx_export.graph_drawing import KINDS, draw_graph, png
+from gptlite.onnx_export.graph_drawing import KINDS, draw_graph
 from gptlite.onnx_export.graph_readers import OPERATORS
 from gptlite.onnx_export.graphs import Graph, Node, count, read
+from gptlite.pictures import DRAWING
 
 pytest.importorskip("onnxscript")
 
@@ -163,28 +167,42 @@ def test_a_graph_whose_output_is_its_input_can_be_drawn():
     ]
 
 
-def test_a_png_file_is_whole_and_as_large_as_the_drawing(tmp_path):
-    png(perceptron(), tmp_path / "a.png")
-    content = (tmp_path / "a.png").read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
-    width, height = struct.unpack(">II", content[16:24])
-    drawn = [
-        float(size)
-        for size in svg(draw_graph(perceptron(), "A layer.")).get("viewBox").split()[2:]
-    ]
-    assert [width, height] == pytest.approx([2 * size for size in drawn], abs=4)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+def picture(drawing):
+    """The PNG that a notebook stores of a drawing, and what it says of it."""
+    data, metadata = DisplayFormatter().format(drawing)
+    assert list(data) == [DRAWING, "image/png", "text/plain"]
+    assert data[DRAWING] == drawing and type(data[DRAWING]) is str
+    png = base64.b64decode(data["image/png"], validate=True)
+    return Image.open(io.BytesIO(png)).convert("RGB"), metadata["image/png"]
 
 
-def test_without_graphviz_a_sentence_says_what_to_install(monkeypatch, tmp_path):
+def test_a_notebook_stores_a_picture_on_white_with_title_and_legend_below():
+    drawing = draw_graph(perceptron(), "A layer.")
+    (image, said), bare = picture(drawing), svg(drawing).get("viewBox").split()[2:]
+    assert said["alt"] == "A layer."
+    assert image.size == pytest.approx((2 * said["width"], 2 * said["height"]), abs=2)
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert said["height"] > float(bare[1]) + 3 * 14  # three kinds of operators
+    blue = tuple(int(KINDS["matmul"][0][i : i + 2], 16) for i in (1, 3, 5))
+    below = image.crop((0, round(2 * float(bare[1])), *image.size)).getcolors(1 << 24)
+    assert any(max(abs(a - b) for a, b in zip(c, blue, strict=True)) < 40 for _, c in below)
+    titled, _ = picture(draw_graph(perceptron(), "A layer.", title="<A> & " + "B " * 60))
+    assert titled.height > image.height + 3 * 2 * 14
+
+
+def test_a_picture_is_the_same_bytes_each_time_and_small(exports):
+    first, again = (
+        draw_graph(exports["onnx"], "A block.")._repr_mimebundle_()[0]["image/png"]
+        for _ in range(2)
+    )
+    assert first == again
+    assert len(first) < 150_000
+
+
+def test_without_graphviz_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(graph_drawing.shutil, "which", lambda *args, **kwargs: None)
-    for action in (
-        lambda: draw_graph(perceptron(), "A layer."),
-        lambda: png(perceptron(), tmp_path / "a.png"),
-    ):
-        with pytest.raises(ImportError, match=r"needs Graphviz: pip install graphviz-pure"):
-            action()
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(ImportError, match=r"needs Graphviz: pip install graphviz-pure"):
+        draw_graph(perceptron(), "A layer.")
 
 
 def test_what_graphviz_complains_of_is_passed_on(monkeypatch):

@@ -2,18 +2,20 @@
 
 import html
 import json
-import os
+import math
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from gptlite.colors import COLORS
 from gptlite.onnx_export.graphs import Graph, read
+from gptlite.pictures import LEAST_TEXT, PIXELS, output, small_png
 
-# the colour of an operator's box, None being that of the page's text, and what the legend says of it
+# the colour of an operator's box, None being that of the page's text, and what it means
 KINDS: dict[str, tuple[str | None, str]] = {
     "matmul": (COLORS["blue"], "product of matrices"),
     "normalise": (COLORS["green"], "along an axis"),
@@ -25,46 +27,76 @@ KINDS: dict[str, tuple[str | None, str]] = {
     "fused": (COLORS["purple"], "fused"),
     "other": (None, "other"),
 }
-_FONT_SCALE = 0.86  # the layout is made for Helvetica; a page's own font may be wider, so that it is drawn smaller
+# the layout is made for Helvetica; a page's own font may be wider, so that it is drawn smaller
+_FONT_SCALE = 0.86
 
 
-def draw_graph(source: Any, alt: str, title: str | None = None) -> str:
-    """A drawing of the graph as a figure for any page of HTML: inline SVG, the same bytes for the same graph.
+class Drawing(str):
+    """A drawing as HTML for any page; as a notebook's output, a PNG that every viewer shows."""
 
-    `alt` says in a sentence what the drawing shows; under it stand `title` and what the colours mean. Its smallest text
-    is never under 9 pixels: where the page is too narrow, the figure scrolls. Needs Graphviz or graphviz-pure.
+    graph: Graph
+    alt: str
+    heading: str | None
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return data and metadata of the output, when IPython asks for them."""
+        scale = f"-Gdpi={72 * PIXELS}"  # a point of the drawing is a pixel of the page
+        below = _label(self.graph, self.heading)
+        picture = _render(self.graph, "png", scale, below=below)
+        return output(str(self), small_png([picture]), self.alt)
+
+
+def draw_graph(source: Any, alt: str, title: str | None = None) -> Drawing:
+    """Return a drawing of the graph: as a cell's last line, or by `display`, it is shown.
+
+    It is inline SVG for any page of HTML, the same bytes for the same graph; a notebook stores
+    a PNG with it. `alt` says in a sentence what the drawing shows; under it stand `title` and
+    what the colours mean. Its smallest text is never under 9 pixels: where the page is too
+    narrow, the figure scrolls. Needs Graphviz or graphviz-pure.
     """
     if not alt.strip():
         raise ValueError("alt is empty, but must say in a sentence what the drawing shows.")
     graph = read(source)
     svg = _inline_svg(_render(graph, "svg", "-Gbgcolor=transparent").decode(), alt)
-    kinds = {node.kind for node in graph.nodes}
     legend = [
-        f'<span style="white-space:nowrap"><span aria-hidden="true" style="color:{color or "inherit"}">'
-        f"{'■' if color else '□'}</span> {meaning}</span>"
-        for kind, (color, meaning) in KINDS.items()
-        if kind in kinds
+        '<span style="white-space:nowrap"><span aria-hidden="true"'
+        f' style="color:{color or "inherit"}">{"■" if color else "□"}</span> {meaning}</span>'
+        for color, meaning in _legend(graph)
     ]
     caption = " ".join(([f"{html.escape(title)}<br>"] if title else []) + legend)
-    return (
-        f'<figure class="gptlite-figure" style="margin:1em 0;overflow-x:auto">{svg}'
-        f"<figcaption>{caption}</figcaption></figure>"
+    drawing = Drawing(
+        '<figure class="gptlite-figure" style="margin:1em 0;overflow-x:auto">'
+        f"{svg}<figcaption>{caption}</figcaption></figure>"
     )
+    drawing.graph, drawing.alt, drawing.heading = graph, alt, title
+    return drawing
 
 
-def png(source: Any, path: str | Path) -> None:
-    """The drawing, on white, at two pixels a point, as a PNG file that appears whole or not at all."""
-    part = Path(f"{path}.part")
-    part.write_bytes(_render(read(source), "png", "-Gdpi=144"))
-    os.replace(part, path)
+def _legend(graph: Graph) -> list[tuple[str | None, str]]:
+    """Return the colours that occur in the graph, each with what it means."""
+    kinds = {node.kind for node in graph.nodes}
+    return [KINDS[kind] for kind in KINDS if kind in kinds]
 
 
-def _dot(graph: Graph) -> str:
-    """The graph in Graphviz's language; the ids there are the names of operators and values."""
+def _label(graph: Graph, title: str | None) -> str:
+    """Return title and meaning of the colours, to stand under a picture, for Graphviz."""
+    lines = [html.escape(line) for line in textwrap.wrap(title or "", 60)]
+    lines += [
+        f'<font color="{color}">■</font> {meaning}' if color else f"□ {meaning}"
+        for color, meaning in _legend(graph)
+    ]
+    rows = "".join(f'<tr><td align="left">{line}</td></tr>' for line in lines)
+    table = f'<table border="0" cellspacing="0">{rows}</table>'
+    return f"labelloc=b label=<{table}>" if rows else ""
+
+
+def _dot(graph: Graph, below: str) -> str:
+    """Return the graph in Graphviz's language; ids are the names of operators and values."""
     lines = [
         "digraph {pad=0.1 ranksep=0.22 nodesep=0.2 fontname=Helvetica fontsize=13 labeljust=l",
-        'node [shape=box style="rounded,filled" fontname=Helvetica fontsize=14 height=0.3 width=0.6 margin="0.1,0.05"'
-        ' penwidth=1.2] edge [fontname=Helvetica fontsize=12 arrowsize=0.6 penwidth=0.9 color="#000000a0"]',
+        'node [shape=box style="rounded,filled" fontname=Helvetica fontsize=14 height=0.3',
+        'width=0.6 margin="0.1,0.05" penwidth=1.2]',
+        'edge [fontname=Helvetica fontsize=12 arrowsize=0.6 penwidth=0.9 color="#000000a0"]',
         *(
             _oval(f"i{i}", value, graph.shapes.get(value, ""))
             for i, value in enumerate(graph.inputs)
@@ -81,18 +113,20 @@ def _dot(graph: Graph) -> str:
     ]
     for reader, value in readers + [(f"o{i}", value) for i, value in enumerate(graph.outputs)]:
         if value in makers:
-            shape = (
-                graph.shapes.get(value, "") if value not in graph.inputs else ""
-            )  # an input's own oval has it
+            # an input's own oval has it
+            shape = graph.shapes.get(value, "") if value not in graph.inputs else ""
             label = f"  {shape} " if shape else ""
             lines.append(
                 f"{makers[value]} -> {reader} [id={_quoted(value)} label={_quoted(label)}]"
             )
-    return "\n".join([*lines, "}"])
+    return "\n".join([*lines, below, "}"])
 
 
 def _frames(graph: Graph, members: list[int], depth: int) -> list[str]:
-    """Boxes of the operators whose modules are the same up to `depth`, in a frame for each module inside."""
+    """Return the boxes of operators of one module, in a frame for each module inside.
+
+    The operators' modules are the same up to `depth`.
+    """
     groups: dict[str, list[int]] = {}
     lines = []
     for i in members:
@@ -114,7 +148,10 @@ def _frames(graph: Graph, members: list[int], depth: int) -> list[str]:
 
 
 def _parts(graph: Graph, members: list[int]) -> list[list[int]]:
-    """Members that hang together through values of their own: a module that is called twice has two frames."""
+    """Return the members in parts that hang together through values of their own.
+
+    So a module that is called twice has two frames.
+    """
     parts: list[list[int]] = []
     for i in members:  # each after those whose values it reads
         reads = set(graph.nodes[i].inputs)
@@ -130,10 +167,10 @@ def _parts(graph: Graph, members: list[int]) -> list[list[int]]:
 
 
 def _box(graph: Graph, i: int, depth: int) -> str:
-    """An operator: its name, the modules that no frame shows, and the shapes of the weights it reads."""
+    """Return an operator: name, modules that no frame shows, shapes of the weights it reads."""
     node = graph.nodes[i]
     shapes = [graph.shapes.get(value, "") for value in node.inputs if value in graph.constants]
-    # of more than one number; and what a shape operator reads as a list says where to, it is no weight
+    # of more than one number; what a shape operator reads as a list is no weight
     shapes = [shape for shape in shapes if not {*shape.split("×")} <= {"1", "scalar", ""}]
     weights = ", ".join(shape for shape in shapes if "×" in shape or node.kind != "shape")
     label = filter(None, [node.op, "/".join(node.module[depth:]), weights and f"W {weights}"])
@@ -145,36 +182,36 @@ def _box(graph: Graph, i: int, depth: int) -> str:
 
 def _oval(name: str, value: str, shape: str = "") -> str:
     label = _quoted(*filter(None, [value, shape]))
-    return f'{name} [id={_quoted(value)} label={label} shape=ellipse style="" color="#000000a0" margin="0.05,0.02"]'
+    look = 'shape=ellipse style="" color="#000000a0" margin="0.05,0.02"'
+    return f"{name} [id={_quoted(value)} label={label} {look}]"
 
 
 def _quoted(*lines: str) -> str:
     return json.dumps("\n".join(lines), ensure_ascii=False)
 
 
-def _render(graph: Graph, form: str, *options: str) -> bytes:
-    """What Graphviz makes of the graph: the system's, or the PyPI package's that stands in for it."""
+def _render(graph: Graph, form: str, *options: str, below: str = "") -> bytes:
+    """Return what Graphviz makes of the graph: the system's, or the PyPI package's."""
     beside = shutil.which("graphviz-pure", path=Path(sys.executable).parent)
     program = shutil.which("dot") or beside or shutil.which("graphviz-pure")
     if program is None:
         raise ImportError(
-            "drawing a graph needs Graphviz: pip install graphviz-pure, or install Graphviz itself."
+            "drawing a graph needs Graphviz: pip install graphviz-pure, or install Graphviz"
+            " itself."
         )
-    run = subprocess.run(
-        [program, f"-T{form}", *options], input=_dot(graph).encode(), capture_output=True
-    )
+    command, dot = [program, f"-T{form}", *options], _dot(graph, below).encode()
+    run = subprocess.run(command, input=dot, capture_output=True)
     if run.returncode or not run.stdout:
-        raise OSError(
-            f"{program} drew nothing: {run.stderr.decode(errors='replace').strip() or 'no reason given'}."
-        )
+        reason = run.stderr.decode(errors="replace").strip() or "no reason given"
+        raise OSError(f"{program} drew nothing: {reason}.")
     return run.stdout
 
 
 def _inline_svg(svg: str, alt: str) -> str:
-    """Graphviz's SVG document as one element for a page: in its text colour and font, without ids, described."""
-    width, height = (
-        float(size) for size in re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups()
-    )
+    """Return Graphviz's document as one described element, in a page's text colour and font."""
+    box = re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg)
+    assert box is not None
+    width, height = float(box[1]), float(box[2])
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     # titles are shown under the pointer: names instead of Graphviz's own, and none for a frame
@@ -198,8 +235,11 @@ def _inline_svg(svg: str, alt: str) -> str:
     )
     body = body.replace("&#160;", " ")
     body = re.sub(r">\s+|\s+<", lambda space: space[0].strip(), body)
+    sizes = map(float, re.findall(r'font-size="([\d.]+)"', body))
+    least = math.ceil(LEAST_TEXT * width / min(sizes, default=math.inf))
+    size = f"width:{width:.0f}px;min-width:{least}px;max-width:100%;height:auto"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(alt)}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" fill="currentColor" '
-        f'style="width:{width:.0f}px;min-width:{0.9 * width:.0f}px;max-width:100%;height:auto">{body}</svg>'
+        f'viewBox="0 0 {width:.0f} {height:.0f}" fill="currentColor" style="{size}">'
+        f"{body}</svg>"
     )
