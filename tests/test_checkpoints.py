@@ -1,10 +1,9 @@
-"""Checkpoints: what goes in comes out, broken and foreign files are named, and nothing is ever unpickled."""
+"""What goes in comes out, broken and foreign files are named, and nothing is ever unpickled."""
 
 import ast
 import json
-import os
+import math
 import re
-import stat
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.nn.utils import parametrize
 
 import gptlite
 from gptlite import checkpoints
 from gptlite.checkpoints import (
+    from_hugging_face,
     load,
     load_pretrained,
     load_weights,
-    read_tensors,
+    own_tensors,
     save,
+    to_hugging_face,
     write_tensors,
 )
 from gptlite.corpus import CharTokenizer
+from gptlite.pruning import BitmapLinear, CsrLinear
+from gptlite.quantization import Grid, LoRALinear, QATLinear, quantize_model
 
 LETTERS = CharTokenizer("abcdefghijklmnopq")
 INFO = {
@@ -81,57 +85,123 @@ def test_saving_leaves_the_model_and_the_info_alone(make_model, tmp_path):
     )
 
 
-def test_tensors_of_any_kind_come_back(tmp_path):
-    tensors = {
-        "scalar": torch.tensor(3.0),
-        "empty": torch.empty(0, 4),
-        "transposed": torch.arange(6.0).view(2, 3).t(),
-        "half": torch.arange(3).half(),
-        "numbers": torch.arange(3),
-    }
-    write_tensors(tmp_path / "t", tensors, {"umlaut": "ä", "none": None})
-    back, info = read_tensors(tmp_path / "t")
-    assert info == {"umlaut": "ä", "none": None}
-    assert back.keys() == tensors.keys()
-    for name, t in tensors.items():
-        assert torch.equal(back[name], t)
-        assert back[name].dtype == t.dtype
+# What `load` could not read
 
 
-def test_a_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
-    """Interrupted at the worst moments, a write leaves the file before it as it was."""
-    path = tmp_path / "t"
-    write_tensors(path, {"a": torch.zeros(3)}, {"n": 1})
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    def half(part, content):
-        with part.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise KeyboardInterrupt
-
-    for owner, name, interruption in ((os, "replace", killed), (Path, "write_bytes", half)):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, interruption)
-            with pytest.raises(KeyboardInterrupt):
-                write_tensors(path, {"a": torch.ones(3)}, {"n": 2})
-        tensors, info = read_tensors(path)
-        assert info == {"n": 1}
-        assert torch.equal(tensors["a"], torch.zeros(3))
-    write_tensors(
-        path, {"a": torch.ones(3)}, {"n": 3}
-    )  # what was left behind is in nobody's way
-    assert read_tensors(path)[1] == {"n": 3}
-    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+def compiled(model):
+    return torch.compile(model)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
-def test_others_may_read_a_checkpoint(tmp_path):
-    before = os.umask(0o022)
-    write_tensors(tmp_path / "t", {"a": torch.zeros(3)}, {})
-    os.umask(before)
-    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o644
+def quantized(model):
+    quantize_model(model, Grid(4, 8))
+    return model
+
+
+def masked(model):
+    class Mask(torch.nn.Module):
+        def forward(self, weight):
+            return weight * (weight > 0)
+
+    parametrize.register_parametrization(model.h[1].mlp.c_fc, "weight", Mask())
+    return model
+
+
+def adapted(model):
+    return model.swap_linears(lambda linear: LoRALinear(linear, tuple(linear.weight.shape)))
+
+
+def rounding(model):
+    """Its tensors have the same names and shapes, but it is another function."""
+    return model.swap_linears(lambda linear: QATLinear(linear, Grid(3, 8)))
+
+
+def shortened(model):
+    del model.h[1]
+    return model
+
+
+def narrowed(model):
+    model.h[0].mlp.c_fc = torch.nn.Linear(32, 99)
+    return model
+
+
+def untied(model):
+    model.lm_head = torch.nn.Linear(32, 17, bias=False)
+    return model
+
+
+CHANGES = {
+    compiled: "it is a torch._dynamo.eval_frame.OptimizedModule, not a gptlite.model.GPT",
+    quantized: "h.0.attn.c_attn is a gptlite.quantization.linear.QuantizedLinear, not a",
+    masked: "h.1.mlp.c_fc is a torch.nn.utils.parametrize.ParametrizedLinear, not a",
+    adapted: "h.0.attn.c_attn is a gptlite.quantization.training.LoRALinear, not a",
+    rounding: "h.0.attn.c_attn is a gptlite.quantization.training.QATLinear, not a",
+    shortened: "h.1 is missing, not a gptlite.model.Block",
+    narrowed: "h.0.mlp.c_fc.bias is a torch.Tensor of (99,), not a torch.Tensor of (128,)",
+    untied: "lm_head.weight is another matrix than wte.weight",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_load_could_not_read_is_not_saved_over_what_it_could(make_model, tmp_path, change):
+    path = tmp_path / "m"
+    save(path, make_model(), LETTERS, {})
+    before, message = path.read_bytes(), CHANGES[change]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        save(path, change(make_model()), LETTERS, {})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("swap", [CsrLinear, BitmapLinear])
+def test_a_model_whose_weights_are_stored_otherwise_is_not_saved(make_model, tmp_path, swap):
+    with pytest.raises(ValueError, match=f"c_attn is a .*{swap.__name__}, not a torch.nn"):
+        save(tmp_path / "m", make_model().swap_linears(swap), LETTERS, {})
+
+
+def test_a_model_compiled_in_place_is_saved_as_it_is(make_model, tmp_path):
+    model = make_model()
+    model.compile()
+    save(tmp_path / "m", model, LETTERS, {}, torch.float32)
+    assert torch.equal(load(tmp_path / "m").model.wpe.weight, model.wpe.weight)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (
+            1e6,
+            torch.float16,
+            "h.1.mlp.c_fc.bias has weights up to 1e+06, not all finite in torch.fl",
+        ),
+        (
+            math.nan,
+            torch.float32,
+            "h.1.mlp.c_fc.bias has weights up to nan, not all finite in torch",
+        ),
+    ],
+)
+def test_a_weight_that_the_file_cannot_hold_is_refused(
+    make_model, tmp_path, value, dtype, message
+):
+    model, path = make_model(), tmp_path / "m"
+    save(path, model, LETTERS, {})
+    before = path.read_bytes()
+    model.h[1].mlp.c_fc.bias.data[3] = value
+    with pytest.raises(ValueError, match=re.escape(message)):
+        save(path, model, LETTERS, {}, dtype)
+    assert path.read_bytes() == before
+    model.h[1].mlp.c_fc.bias.data[3] = 6e4  # float16 ends at 65,504
+    save(path, model, LETTERS, {})
+    assert load(path).model.h[1].mlp.c_fc.bias[3] == 6e4
+
+
+def test_what_a_training_state_and_a_load_keep_is_tied(make_model):
+    """Their tensors have no head, so that another head would be gone."""
+    pair = torch.nn.ModuleDict({"first": make_model(), "second": untied(make_model())})
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix than wte\.weight"):
+        own_tensors(pair)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix than wte\.weight"):
+        load_weights(untied(make_model()), own_tensors(make_model()))
 
 
 # Broken and foreign files
@@ -157,7 +227,7 @@ def test_random_bytes(tmp_path_factory, content):
 
 @given(st.data())
 def test_a_changed_byte_is_never_worse_than_a_sentence(whole, tmp_path_factory, data):
-    """A flipped byte in the header is an error in one sentence, or harmless (in a name of `info`, a number's digit)."""
+    """In the header it is an error in one sentence, or harmless (in the digest's name)."""
     path = tmp_path_factory.mktemp("flip") / "flip.safetensors"
     header = 8 + int.from_bytes(whole[:8], "little")
     at, byte = data.draw(st.integers(0, header - 1)), data.draw(st.integers(0, 255))
@@ -260,6 +330,15 @@ def test_an_unknown_name_lists_the_known(make_model, tmp_path, monkeypatch):
     assert load_pretrained("draft").info["name"] == "draft"
 
 
+def test_outside_of_a_checkout_there_is_no_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FOLDER", tmp_path / "assets" / "checkpoints")
+    message = (
+        f"are not installed with the package ({tmp_path / 'assets' / 'checkpoints'} is missing"
+    )
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        load_pretrained()
+
+
 def test_every_checkpoint_of_the_book_loads_and_says_how_it_was_made():
     paths = list(checkpoints.FOLDER.glob("*.safetensors"))
     assert {"teacher", "draft"} <= {path.stem for path in paths}
@@ -280,7 +359,19 @@ def test_every_checkpoint_of_the_book_loads_and_says_how_it_was_made():
         assert path.stat().st_size < 25e6
 
 
-# Without transformers
+# Hugging Face's
+
+
+def test_a_head_of_its_own_is_not_lost_on_the_way_to_or_from_hugging_face(make_model):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix than wte\.weight"):
+        to_hugging_face(untied(make_model()))
+    with pytest.raises(ValueError, match=r"c_attn is a .*QATLinear, not a"):
+        to_hugging_face(rounding(make_model()))
+    theirs = to_hugging_face(make_model())
+    theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight * 2)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix than its wte"):
+        from_hugging_face(theirs)
 
 
 def test_hugging_faces_library_is_asked_for_only_where_it_is_used(make_model, monkeypatch):
@@ -289,7 +380,7 @@ def test_hugging_faces_library_is_asked_for_only_where_it_is_used(make_model, mo
         ImportError,
         match=r"Hugging Face's GPT-2 needs transformers: pip install transformers\.",
     ):
-        checkpoints.to_hugging_face(make_model())
+        to_hugging_face(make_model())
     with pytest.raises(
         ImportError, match=r"the GPT-2 weights need transformers: pip install transformers\."
     ):
