@@ -1,4 +1,4 @@
-"""Masks: exactly as many zeros as asked, of the smallest weights, that survive training, saving and resuming."""
+"""Masks: as many zeros as asked, of the smallest weights, that survive all training."""
 
 import re
 from dataclasses import replace
@@ -21,6 +21,7 @@ from gptlite.pruning.masks import (
     sparsity_at,
     two_of_four_mask,
 )
+from gptlite.pruning.sparse_linear import BitmapLinear
 from gptlite.train import TrainConfig, next_token_loss, train
 
 QUICK = TrainConfig(steps=8, batch_size=4, warmup=2)
@@ -69,6 +70,12 @@ def test_the_schedule_begins_at_nothing_ends_at_all_and_slows_down():
     assert path[0] == 0 and path[10] == path[12] == 0.8
     steps = [b - a for a, b in zip(path[:11], path[1:11], strict=False)]
     assert steps == sorted(steps, reverse=True) and steps[-1] > 0
+
+
+def test_half_way_an_eighth_is_left_to_go():
+    """0.8 (1 - (1/2)^3) after half of the steps, 0.8 (1 - (1/4)^3) after three quarters."""
+    assert sparsity_at(5, 10, 0.8) == pytest.approx(0.7)
+    assert sparsity_at(6, 8, 0.8) == pytest.approx(0.7875)
 
 
 # They stay zero
@@ -134,6 +141,43 @@ def test_masking_anew_takes_more_and_keeps_what_is_gone():
     for name, layer in masked(model).items():
         assert not (layer.mask & ~before[name]).any()
         assert int((~layer.mask).sum()) == round(0.6 * layer.mask.numel())
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_masks_that_fail_half_way_leave_the_model_as_it_was(already):
+    model, seen = new_model(), []
+    if already:
+        prune_weights(model, share(0.3))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    kinds = [type(m) for m in model.modules()]
+
+    def interrupted(weight):
+        seen.append(weight)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return magnitude_mask(weight, 0.9)
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_weights(model, interrupted)
+    with pytest.raises(ValueError, match="the mask is"):  # a mask of another shape, at last
+        prune_weights(model, lambda w: (w != 0)[:, : 16 if w.shape[1] == 16 else 1])
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert before.keys() == model.state_dict().keys()
+
+
+def test_masking_anew_keeps_the_modules():
+    """Which a compiled model, or one of several processes, holds on to."""
+    model = prune_weights(new_model(), share(0.3))
+    before = masked(model)
+    prune_weights(model, share(0.6))
+    assert all(masked(model)[name] is layer for name, layer in before.items())
+
+
+def test_blocks_without_linears_have_nothing_to_mask():
+    model = new_model().swap_linears(BitmapLinear)
+    with pytest.raises(ValueError, match="the blocks have no Linear to mask"):
+        prune_weights(model, share(0.5))
 
 
 def test_gradually_step_by_step_and_across_an_interruption(tmp_path, corpus):

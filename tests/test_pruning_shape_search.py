@@ -1,7 +1,9 @@
-"""Every choice is a GPT; the search finds the best within the budget, and repeats itself from the results alone."""
+"""Every choice is a GPT; the search finds the best within the budget, and repeats itself."""
 
 import itertools
+import json
 import sys
+from dataclasses import asdict, replace
 
 import optuna
 import pytest
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptlite.files import ASSETS
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, GPTConfig
 from gptlite.pruning.shape_search import CHOICES, Tried, pareto_front, search, suggest_config
@@ -85,6 +88,36 @@ def test_the_front_is_what_no_other_beats(points):
         return any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
 
     assert {points[i] for i in front} == {p for p in points if not beaten(p)}
+
+
+def test_what_is_too_slow_is_told_as_pruned_and_the_rest_with_its_loss(monkeypatch):
+    """A loss told for a shape that was never trained would be the best of all."""
+
+    def slow(config):
+        return {"loss": None} if config.n_layer > 3 else {}
+
+    studies, create = [], optuna.create_study
+    monkeypatch.setattr(
+        optuna,
+        "create_study",
+        lambda **options: studies.append(create(**options)) or studies[0],
+    )
+    found = search(LIKE, lambda i, c: replace(attempt(i, c), **slow(c)), 30)
+    told = [(trial.state.name, trial.value) for trial in studies[0].trials]
+    assert told == [("PRUNED", None) if t.loss is None else ("COMPLETE", t.loss) for t in found]
+    assert 0 < sum(t.loss is None for t in found) < 30
+
+
+def test_the_recorded_search_is_the_one_that_runs():
+    """The book's record, asked for again shape by shape: of the same sampler, then as now."""
+    runs = json.loads((ASSETS / "results" / "pruning" / "search.json").read_text())["runs"]
+    trials = [runs[f"trial {i}"] for i in range(sum(name.startswith("trial") for name in runs))]
+
+    def recorded(i, config):
+        assert asdict(config) == trials[i]["config"], i
+        return Tried(config, trials[i]["latency"][0], trials[i]["val_loss"])
+
+    assert len(search(GPTConfig(), recorded, len(trials))) == 24
 
 
 def test_no_trials_and_no_optuna(monkeypatch):

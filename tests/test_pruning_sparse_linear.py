@@ -1,4 +1,4 @@
-"""Weights without their zeros: the same products as the dense ones', bytes as derived, for any rows and any columns."""
+"""Weights without their zeros: the dense products, and bytes as derived, for any shape."""
 
 import re
 
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sums import new_model
 
+from gptlite.distillation.label_files import fingerprint
 from gptlite.kernels import load as cpp
 from gptlite.pruning.sparse_linear import WORD, BitmapLinear, CsrLinear, load_kernel
 
@@ -82,6 +83,47 @@ def test_what_the_kernel_does_not_read_is_made_dense(monkeypatch):
     torch.testing.assert_close(x.grad, linear.weight.sum(0, keepdim=True))
     sparse.has_kernel = False
     assert torch.equal(sparse(x), linear(x))
+
+
+@pytest.mark.parametrize("kind", [CsrLinear, BitmapLinear])
+def test_its_numbers_are_loaded_and_make_the_fingerprint(kind):
+    """As many zeros, elsewhere and of other numbers: all is in the state."""
+    linear, other = make(), make()
+    other.weight.copy_(2 * linear.weight.roll(1, 0))
+    one, two = kind(linear), kind(other)
+    assert fingerprint(one) != fingerprint(two)
+    two.load_state_dict(one.state_dict())
+    x = random(3, 70)
+    assert fingerprint(one) == fingerprint(two) and torch.equal(one(x), two(x))
+
+
+@pytest.mark.parametrize("kind", [CsrLinear, BitmapLinear])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_it_follows_the_model_to_another_format(kind, dtype):
+    linear, x = make(), random(2, 3, 70)
+    expected = linear(x)
+    y = kind(linear).to(dtype)(x.to(dtype))
+    assert y.dtype == dtype and y.shape == (2, 3, 9)
+    torch.testing.assert_close(y.float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", [CsrLinear, BitmapLinear])
+def test_it_computes_in_a_run_in_bfloat16(kind):
+    linear, x = make(), random(2, 3, 70)
+    sparse = kind(linear)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for y in (sparse(x), sparse(x.bfloat16())):
+            torch.testing.assert_close(y.float(), linear(x).float(), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("kind", [CsrLinear, BitmapLinear])
+def test_it_is_made_where_its_weight_is(kind):
+    linear, x = make(), random(3, 70)
+    with torch.device("meta"):  # where all would land that is not said to be elsewhere
+        sparse = kind(linear)
+        assert {t.device.type for t in sparse.state_dict().values()} == {"cpu"}
+        torch.testing.assert_close(sparse(x), linear(x))
+        assert sparse.weight.device.type == "cpu"
 
 
 def test_a_whole_model():

@@ -1,4 +1,4 @@
-"""The smaller model computes what the larger one does when the parts that went are silenced; importance finds them."""
+"""The smaller model computes what the larger does with silent parts; importance finds them."""
 
 import copy
 import re
@@ -16,14 +16,14 @@ from gptlite.corpus import CharTokenizer
 from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, GPTConfig
-from gptlite.pruning.structure import (
+from gptlite.pruning.importance import (
     activation_importance,
     gradient_importance,
-    greedy_layers,
     most_important,
-    scaled_config,
-    shrink,
 )
+from gptlite.pruning.masks import magnitude_mask, prune_weights
+from gptlite.pruning.shape_search import scaled_config
+from gptlite.pruning.structure import greedy_layers, shrink
 
 SHAPE = GPTConfig(n_layer=3, n_head=4, n_embd=16, block_size=8, vocab_size=11)
 
@@ -322,3 +322,19 @@ def test_parts_that_are_not_there():
         ValueError, match="heads that share 2 KV heads cannot be taken out one by one"
     ):
         shrink(new_model(n_kv_head=2), heads=torch.tensor([[0]] * 3))
+
+
+def test_a_head_that_is_another_matrix_is_tied_again_or_refused():
+    model, idx = new_model(), tokens()
+    wanted = model(idx)
+    model.lm_head.weight = nn.Parameter(model.wte.weight.detach().clone())
+    assert torch.equal(shrink(model)(idx), wanted)
+    model.lm_head.weight = nn.Parameter(model.wte.weight.detach() + 1)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix than wte\.weight"):
+        shrink(model)
+
+
+def test_a_model_with_swapped_parts_is_not_cut():
+    model = prune_weights(new_model(), lambda w: magnitude_mask(w, 0.5))
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn\.weight is of a MaskedLinear"):
+        shrink(model)

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptlite.model import GPT
+from gptlite.model import GPT, watch
 
 # (student's logits, teacher's logits, temperature) -> a scalar
 Divergence = Callable[[Tensor, Tensor, float], Tensor]
@@ -214,10 +214,5 @@ class HiddenMatching(nn.Module):
 def with_hidden_state(model: GPT, idx: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Logits (B, T, V), and the hidden state (B, T, C) that leaves a layer."""
     seen: list[Tensor] = []
-    handle = model.h[layer].register_forward_hook(
-        lambda block, inputs, output: seen.append(output)
-    )
-    try:
+    with watch([model.h[layer]], lambda block, inputs, output: seen.append(output)):
         return model(idx), seen[0]
-    finally:
-        handle.remove()

@@ -1,5 +1,10 @@
-"""Weights taken out: masks of single weights, whole heads, layers and channels, and the search for a smaller shape."""
+"""Weights taken out, one by one or in whole parts, and the search for a smaller shape."""
 
+from gptlite.pruning.importance import (
+    activation_importance,
+    gradient_importance,
+    most_important,
+)
 from gptlite.pruning.masks import (
     MaskedLinear,
     bake_masks,
@@ -9,16 +14,16 @@ from gptlite.pruning.masks import (
     sparsity_at,
     two_of_four_mask,
 )
-from gptlite.pruning.shape_search import CHOICES, Tried, pareto_front, search, suggest_config
-from gptlite.pruning.sparse_linear import BitmapLinear, CsrLinear
-from gptlite.pruning.structure import (
-    activation_importance,
-    gradient_importance,
-    greedy_layers,
-    most_important,
+from gptlite.pruning.shape_search import (
+    CHOICES,
+    Tried,
+    pareto_front,
     scaled_config,
-    shrink,
+    search,
+    suggest_config,
 )
+from gptlite.pruning.sparse_linear import BitmapLinear, CsrLinear
+from gptlite.pruning.structure import greedy_layers, shrink
 
 __all__ = [
     "CHOICES",

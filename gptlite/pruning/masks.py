@@ -1,4 +1,4 @@
-"""Pruning single weights: masks by magnitude, at once or gradually, that training cannot undo."""
+"""Pruning single weights: masks by magnitude that training cannot undo."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +12,21 @@ from gptlite.model import GPT
 
 
 class MaskedLinear(nn.Module):
-    """A Linear some of whose weights count as zero, whatever an optimizer does to them: they get no gradient."""
+    """A Linear some of whose weights count as zero, whatever an optimizer does to them.
 
-    def __init__(self, linear: nn.Linear, mask: Tensor):
+    They get no gradient.
+    """
+
+    weight: Tensor
+    bias: nn.Parameter | None
+    mask: Tensor
+
+    def __init__(self, linear: "nn.Linear | MaskedLinear", mask: Tensor):
         super().__init__()
         if mask.shape != linear.weight.shape or mask.dtype != torch.bool:
             raise ValueError(
-                f"the mask is {tuple(mask.shape)} {mask.dtype}, but must be {tuple(linear.weight.shape)} torch.bool."
+                f"the mask is {tuple(mask.shape)} {mask.dtype}, but must be "
+                f"{tuple(linear.weight.shape)} torch.bool."
             )
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("mask", mask)  # (out, in), True where a weight stays
@@ -34,15 +42,14 @@ def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
             f"the sparsity is {sparsity}, but must be from 0 (all stay) to 1 (none does)."
         )
     mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-    smallest = (
-        weight.detach().abs().flatten().argsort(stable=True)
-    )  # exactly so many, whatever is alike
+    # in an order, so that exactly so many go, whatever is alike
+    smallest = weight.detach().abs().flatten().argsort(stable=True)
     mask[smallest[: round(sparsity * weight.numel())]] = False
     return mask.view_as(weight)
 
 
 def two_of_four_mask(weight: Tensor) -> Tensor:
-    """True for the two largest of each four numbers that follow one another in a row: what sparse tensor cores read."""
+    """True for the two largest of each four numbers in a row, as sparse tensor cores read."""
     if weight.shape[-1] % 4:
         raise ValueError(f"rows of {weight.shape[-1]} weights cannot be cut into fours.")
     fours = weight.detach().abs().unflatten(-1, (-1, 4))
@@ -53,51 +60,59 @@ def two_of_four_mask(weight: Tensor) -> Tensor:
 def prune_weights(model: GPT, mask_of: Callable[[Tensor], Tensor]) -> GPT:
     """The same model, in place, with masks `mask_of(weight)` on the Linears of its blocks.
 
-    Masked already, it is masked anew: by the weights as they have become, those that were masked as zeros.
+    Masked already, it is masked anew: by the weights as they have become, those that were
+    masked as zeros. All masks are made before the first is set.
     """
-    for part in [part for block in model.h for part in (block.attn, block.mlp)]:
-        for name, linear in list(part.named_children()):
-            if isinstance(linear, MaskedLinear):
-                linear.mask.copy_(mask_of((linear.weight * linear.mask).detach()))
-            else:
-                setattr(part, name, MaskedLinear(linear, mask_of(linear.weight.detach())))
+    made: dict[str, MaskedLinear] = {}
+    for name, linear in model.named_modules():
+        if name.startswith("h.") and isinstance(linear, MaskedLinear):
+            made[name] = MaskedLinear(linear, mask_of((linear.weight * linear.mask).detach()))
+        elif name.startswith("h.") and isinstance(linear, nn.Linear):
+            made[name] = MaskedLinear(linear, mask_of(linear.weight.detach()))
+    if not made:
+        raise ValueError(
+            "the blocks have no Linear to mask; begin with a copy of the original."
+        )
+    for name, new in made.items():
+        old = model.get_submodule(name)
+        if isinstance(old, MaskedLinear):
+            old.mask.copy_(new.mask)
+        else:
+            model.set_submodule(name, new)
     return model
 
 
 def bake_masks(model: GPT) -> GPT:
     """The same model, in place, with plain Linears again, whose masked weights are zeros."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, MaskedLinear):
-                out, wide = child.weight.shape
-                linear = nn.Linear(wide, out, child.bias is not None, device="meta")
-                linear.weight, linear.bias = (
-                    nn.Parameter((child.weight * child.mask).detach()),
-                    child.bias,
-                )
-                setattr(module, name, linear)
+    for name, masked in list(model.named_modules()):
+        if isinstance(masked, MaskedLinear):
+            out, wide = masked.weight.shape
+            linear = nn.Linear(wide, out, masked.bias is not None, device="meta")
+            linear.weight = nn.Parameter((masked.weight * masked.mask).detach())
+            linear.register_parameter("bias", masked.bias)
+            model.set_submodule(name, linear)
     return model
 
 
 def sparsity_at(step: int, steps: int, final: float) -> float:
-    """The sparsity of a step on the way to `final`: fast at first, slow at the end (Zhu and Gupta, 2017)."""
+    """The sparsity on the way to `final`: fast at first, slow at the end (Zhu, Gupta, 2017)."""
     return final * (1 - (1 - min(step, steps) / steps) ** 3)
 
 
 def gradual_pruning(final: float, steps: int, every: int = 5) -> Callable[[GPT, int], None]:
-    """What a training run does before its steps to take ever more weights of a masked model away, by magnitude.
+    """What a training run does before its steps to take ever more of a masked model away.
 
-    Each `every` steps the masks are chosen anew; from the given step on they stay.
+    Each `every` steps the masks are chosen anew, by magnitude; from step `steps` on they stay.
     """
     if not (0 <= final <= 1 and steps >= 1 and every >= 1):
         raise ValueError(
-            f"final is {final}, steps {steps} and every {every}; from 0 to 1, and at least 1, are right."
+            f"final is {final}, steps {steps} and every {every}; from 0 to 1, and at least 1, "
+            "are right."
         )
 
     def before_step(model: GPT, step: int) -> None:
         if step == steps or (step < steps and step % every == 0):
-            prune_weights(
-                model, partial(magnitude_mask, sparsity=sparsity_at(step, steps, final))
-            )
+            sparsity = sparsity_at(step, steps, final)
+            prune_weights(model, partial(magnitude_mask, sparsity=sparsity))
 
     return before_step

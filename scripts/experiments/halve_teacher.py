@@ -22,13 +22,9 @@ from teaching import TAUGHT, TRAIN, Teaching
 
 from gptlite.corpus import sample_batch
 from gptlite.model import GPT
-from gptlite.pruning.structure import (
-    gradient_importance,
-    greedy_layers,
-    most_important,
-    scaled_config,
-    shrink,
-)
+from gptlite.pruning.importance import gradient_importance, most_important
+from gptlite.pruning.shape_search import scaled_config
+from gptlite.pruning.structure import greedy_layers, shrink
 from gptlite.train import next_token_loss
 
 OUT = Path(__file__).resolve().parents[2] / "assets" / "results" / "pruning" / "halves.json"
