@@ -1,4 +1,4 @@
-"""The experiments that take hours, on a tiny model: every run is recorded, comparable and kept."""
+"""The experiments that take hours, on a tiny model: all runs are recorded and kept."""
 
 import json
 import sys
@@ -7,16 +7,18 @@ import distill_students
 import halve_teacher
 import prune_teacher
 import pytest
+import quantize_teacher
 import recorded_runs
 import search_architecture
 import teaching
 import torch
+import uptrain_kv_heads
 from sums import VOCABULARY
 
-from gptlite.train import loop
 from gptlite.checkpoints import Checkpoint
 from gptlite.distillation.losses import forward_kl, reverse_kl
 from gptlite.pruning import shape_search
+from gptlite.train import loop
 
 
 @pytest.fixture
@@ -223,3 +225,28 @@ def test_a_finished_student_is_read_from_where_it_was_kept(experiment, monkeypat
     )
     assert students.loss(model) == record["runs"]["small, baseline, seed 0"]["val_loss"]
     assert len(log["train_loss"]) == 5
+
+
+STOPPED = "the parameters are those of the record"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [distill_students, halve_teacher, prune_teacher, search_architecture, quantize_teacher]
+    + [uptrain_kv_heads],
+)
+def test_the_book_s_record_has_the_parameters_of_its_script(script, monkeypatch):
+    """So that a script goes on with what the book has; all that takes time comes after that."""
+
+    def stop(*args):
+        raise InterruptedError(STOPPED)
+
+    for name in ("load_corpus", "load_pretrained"):
+        monkeypatch.setattr(script, name, stop, raising=False)
+        monkeypatch.setattr(teaching, name, stop)
+    monkeypatch.setattr(sys, "argv", [script.__name__])
+    with pytest.raises(InterruptedError, match=STOPPED):
+        script.main()
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--steps", "7"])
+    with pytest.raises(ValueError, match=r"was recorded with (train\.)?steps \d+, but it is 7"):
+        script.main()

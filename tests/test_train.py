@@ -162,6 +162,14 @@ def test_what_was_asked_of_a_model_before_is_not_trained_on(corpus):
     assert same_weights(model, fresh)
 
 
+@torch.no_grad()
+def test_it_trains_wherever_it_is_called(corpus):
+    losses = quiet(new_model(), corpus, QUICK)["train_loss"]
+    with torch.enable_grad():
+        assert losses == quiet(new_model(), corpus, QUICK)["train_loss"]
+    assert not torch.is_grad_enabled()
+
+
 def test_the_loss_can_be_swapped(corpus):
     """As distillation does: it gets the model, the inputs and the targets of a step."""
     calls = []

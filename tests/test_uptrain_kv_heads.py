@@ -1,4 +1,4 @@
-"""The script that records how shared heads are trained on keeps what it has, and starts over for another command."""
+"""The script that records how shared heads are trained on keeps what it has."""
 
 import json
 import sys
@@ -21,11 +21,10 @@ def tiny(make_model, corpus, monkeypatch, tmp_path):
     monkeypatch.setattr(uptrain.shutil, "which", lambda name: None)  # nothing is compiled
     monkeypatch.setattr(uptrain, "EVERY", 2)
 
-    def run(steps: int) -> dict:
+    def run(steps: int, *more: str) -> dict:
         out = tmp_path / "record.json"
-        monkeypatch.setattr(
-            sys, "argv", ["uptrain_kv_heads.py", "--steps", str(steps), "--out", str(out)]
-        )
+        argv = ["uptrain_kv_heads.py", "--steps", str(steps), "--out", str(out), *more]
+        monkeypatch.setattr(sys, "argv", argv)
         uptrain.main()
         return json.loads(out.read_text())
 
@@ -47,6 +46,13 @@ def test_every_number_of_heads_is_recorded(tiny, capsys):
 def test_what_is_recorded_is_not_trained_again(tiny, monkeypatch):
     first = tiny(3)
     monkeypatch.setattr(uptrain, "uptrained", lambda *args: pytest.fail("it was trained again"))
-    assert tiny(3)["runs"] == first["runs"]
+    assert tiny(3) == first
+    with pytest.raises(
+        ValueError, match=r"recorded with train\.steps 3, but it is 4 now; name"
+    ):
+        tiny(4)
+    assert tiny(3) == first
     monkeypatch.setattr(uptrain, "uptrained", lambda *args: {"val_loss": 1.0})
-    assert tiny(4)["runs"] == {heads: {"val_loss": 1.0} for heads in ("4", "2", "1")}
+    fresh = tiny(4, "--fresh")
+    assert fresh["runs"] == {heads: {"val_loss": 1.0} for heads in ("4", "2", "1")}
+    assert fresh["train"]["steps"] == 4

@@ -89,7 +89,8 @@ class Run:
         # each process takes its share
         mine = [t[self.rank :: self.world].to(self.device) for t in batch]
         torch.manual_seed((1_000_003 * seed + step) * self.world + self.rank)  # of dropout
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        mixed = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        with torch.enable_grad(), mixed:
             loss = self.loss_fn(self.runner, *mine)
         self.scaler.scale(loss).backward()
         loss = loss.detach()

@@ -46,7 +46,7 @@ def read_state(
     scaler: GradScaler,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Put a saved run into model, optimizers and scaler; return the info that it was saved with.
+    """Put a saved run into model, optimizers and scaler; return the info saved with it.
 
     `facts` are what makes this run, as {"train": ..., "config": ...} and single values. A
     ValueError says how another run differs, or what is wrong with the file, and nothing has

@@ -1,20 +1,20 @@
-"""Train students with and without a teacher, three seeds each, and record what the teacher is worth.
+"""Train students with and without a teacher, and record what the teacher is worth.
 
-python scripts/experiments/distill_students.py [--steps 1200] [--out assets/results/distillation/students.json]
+python scripts/experiments/distill_students.py [--steps 1200] [--out PATH] [--fresh]
 
-Baseline and distilled student of one size and seed see the same windows in the same order, on the same schedule. Runs
-that are recorded already under the same command are kept, and one that was interrupted goes on where it was. The first
-runs sweep temperature, share and loss on the smallest student; the rest use the best of them. Some hours on two cores.
+Baseline and distilled student of one size and seed see the same windows in the same order, on
+the same schedule; there are three seeds. Runs that are recorded already are kept, and one that
+was interrupted goes on where it was. The first runs sweep temperature, share and loss on the
+smallest student; the rest use the best of them. Some hours on two cores.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from recorded_runs import RecordedRuns
+from recorded_runs import RecordedRuns, in_a_sentence, options
 from teaching import TRAIN, Teaching
 from torch import Tensor, nn
 
@@ -32,18 +32,8 @@ from gptlite.distillation.losses import (
 from gptlite.model import GPT, GPTConfig
 from gptlite.train import TrainConfig
 
-OUT = (
-    Path(__file__).resolve().parents[2]
-    / "assets"
-    / "results"
-    / "distillation"
-    / "students.json"
-)
-SIZES = {
-    "0.2 M": (2, 4, 88),
-    "0.5 M": (3, 4, 112),
-    "1 M": (3, 4, 160),
-}  # layers, heads, channels
+# layers, heads, channels
+SIZES = {"0.2 M": (2, 4, 88), "0.5 M": (3, 4, 112), "1 M": (3, 4, 160)}
 SEEDS = (0, 1, 2)
 SWEEP = {  # temperature, alpha, divergence
     **{f"KL, T 1, alpha {alpha}": (1, alpha, forward_kl) for alpha in (0.25, 0.5, 0.9, 1)},
@@ -55,27 +45,24 @@ SWEEP = {  # temperature, alpha, divergence
     "reverse KL, T 1, alpha 0.9": (1, 0.9, reverse_kl),
     "MSE, alpha 0.9": (1, 0.9, logit_mse),
 }
-RATES = (
-    (0.015, 0.005),
-    (0.06, 0.02),
-)  # of the blocks' matrices and of the rest: half and twice what all others have
+# of the blocks' matrices and of the rest: half and twice what all others have
+RATES = ((0.015, 0.005), (0.06, 0.02))
 K = 8  # of the top-k labels
-HIDDEN = (
-    0,
-    2,
-)  # the student's layer that learns to guess a layer of the teacher: each the middle one
+# the student's layer that learns to guess a layer of the teacher: each the middle one
+HIDDEN = (0, 2)
 
 
 class Students(Teaching):
     """All runs of the experiment, each by a name, and the record that they are kept in."""
 
-    def __init__(self, steps: int, out: Path):
-        super().__init__(replace(TRAIN, steps=steps), "students")
+    def __init__(self, steps: int, out: Path, fresh: bool = False):
+        config = replace(TRAIN, steps=steps)
         command = f"python scripts/experiments/distill_students.py --steps {steps}"
-        self.recorded = RecordedRuns(out, command=command, train=asdict(self.config), k=K)
+        self.recorded = RecordedRuns(out, command, fresh, train=asdict(config), k=K)
+        super().__init__(config, "students")
 
     def run(self, name: str, *recipe: Any, **options: Any) -> float:
-        """The loss over all held-out plays of a student that was `trained` so, now or before."""
+        """The loss over all held-out plays of a student `trained` so, now or before."""
 
         def do() -> dict:
             model, log = self.trained(name, *recipe, **options)
@@ -100,13 +87,12 @@ class Students(Teaching):
         config: TrainConfig | None = None,
         wrap: Callable[[GPT], nn.Module] | None = None,
     ) -> tuple[GPT, dict[str, Any]]:
-        """A student and its log; `wrap` makes of it what is trained, if that is more than the student."""
+        """A student and its log; `wrap` makes of it what is trained, if that is more."""
         model, sample = self.student(size, seed), sample or self.store.sample
         if wrap is None:
             return model, self.train(model, name, loss_fn, sample, seed, config)
-        return model, self.train(
-            wrap(model), name, loss_fn, sample, seed, config, compile=False, eval_every=0
-        )
+        others = {"compile": False, "eval_every": 0}
+        return model, self.train(wrap(model), name, loss_fn, sample, seed, config, **others)
 
     def student(self, size: str, seed: int) -> GPT:
         """A student that knows nothing."""
@@ -116,7 +102,7 @@ class Students(Teaching):
         return GPT(GPTConfig(layers, heads, channels, c.block_size, c.vocab_size))
 
     def top_k(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        """A batch with what a store of the K likeliest tokens would give, from the one of all."""
+        """A batch with what a store of the K likeliest tokens would give, from one of all."""
         x, y, log_p = self.store.sample(*arguments)
         return x, y, spread_rest(*log_p.topk(K), log_p.shape[-1])
 
@@ -128,11 +114,8 @@ def matching_loss(model: HiddenMatching, x: Tensor, y: Tensor) -> Tensor:
 
 def main() -> None:
     """Do what is not recorded yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
-    students = Students(args.steps, args.out)
+    args = options(__doc__, "distillation/students", 1200).parse_args()
+    students = Students(args.steps, args.out, args.fresh)
     smallest, *_ = SIZES
     swept = {}
     for name, (temperature, alpha, divergence) in SWEEP.items():
@@ -152,14 +135,10 @@ def main() -> None:
         )
     largest, *smaller = reversed(SIZES)
     before = students.trained(f"{largest}, distilled, seed 0", largest, 0, distilled)[0]
+    ask = students.unlabelled
     for size in smaller:  # each student teaches the next, smaller one
-        run = (
-            f"{size}, iterated, seed 0",
-            size,
-            0,
-            replace(distilled, teacher=before.eval()),
-            students.unlabelled,
-        )
+        loss = replace(distilled, teacher=before.eval())
+        run = f"{size}, iterated, seed 0", size, 0, loss, ask
         students.run(*run)
         before = students.trained(*run)[0]
     several = [
@@ -171,33 +150,27 @@ def main() -> None:
         (f"three teachers of {largest}", Ensemble(*several)),
     ):
         loss = replace(distilled, teacher=teacher)
-        students.run(f"{smallest}, {name}, seed 0", smallest, 0, loss, students.unlabelled)
-    wraps = {  # what learns, and its loss
-        "two that learn together": (
-            lambda model: CoTraining(model, students.student(smallest, 1)),
-            mutual_loss,
-        ),
-        "hidden states": (
-            lambda model: HiddenMatching(model, students.teacher, HIDDEN),
-            matching_loss,
-        ),
-    }
-    for name, (wrap, loss) in wraps.items():
-        students.run(
-            f"{smallest}, {name}, seed 0", smallest, 0, loss, students.unlabelled, wrap=wrap
-        )
+        students.run(f"{smallest}, {name}, seed 0", smallest, 0, loss, ask)
+
+    def pair(model: GPT) -> CoTraining:
+        return CoTraining(model, students.student(smallest, 1))
+
+    def matching(model: GPT) -> HiddenMatching:
+        return HiddenMatching(model, students.teacher, HIDDEN)
+
+    for name, wrap, loss in (
+        ("two that learn together", pair, mutual_loss),
+        ("hidden states", matching, matching_loss),
+    ):
+        students.run(f"{smallest}, {name}, seed 0", smallest, 0, loss, ask, wrap=wrap)
     for name, loss in (("baseline", alone), ("distilled", distilled)):  # whether the gain lasts
         run = f"{smallest}, {name} in 4 times the steps, seed 0", smallest, 0, loss
         students.run(*run, config=replace(students.config, steps=4 * args.steps))
     for lr, adamw_lr in RATES:  # the text alone must have had the better ones
-        run = (
-            f"{smallest}, baseline at rates {lr:g} and {adamw_lr:g}, seed 0",
-            smallest,
-            0,
-            alone,
-        )
-        students.run(*run, config=replace(students.config, lr=lr, adamw_lr=adamw_lr))
+        name = f"{smallest}, baseline at rates {lr:g} and {adamw_lr:g}, seed 0"
+        config = replace(students.config, lr=lr, adamw_lr=adamw_lr)
+        students.run(name, smallest, 0, alone, config=config)
 
 
 if __name__ == "__main__":
-    main()
+    in_a_sentence(main)

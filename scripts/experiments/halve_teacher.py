@@ -1,23 +1,24 @@
-"""Halve the teacher in five ways, three seeds each, on the same number of characters, and record what each way loses.
+"""Halve the teacher in five ways, on the same number of characters; record what each way loses.
 
-python scripts/experiments/halve_teacher.py [--steps 1200] [--out assets/results/pruning/halves.json]
+python scripts/experiments/halve_teacher.py [--steps 1200] [--out PATH] [--fresh]
 
-Half is half the layers, half the heads and half the width, whichever way. Trained on the text alone; distilled from the
-teacher; distilled step by step, each model the next one's teacher, through scales 0.9 ... 0.5, each from fresh weights;
-and cut out of the teacher, then trained on at a third of the learning rates, with the teacher and without. One more
-fresh half is distilled at these rates, to tell the head start from the rates. Beside these, with one seed, half the
-layers, heads and neurons in a stream that keeps its width, cut out and fresh. All see the same windows in the same
-order; the steps share them. Hours on two cores; runs that are recorded already under the same command are kept.
+Half is half the layers, half the heads and half the width, whichever way, each with three
+seeds. Trained on the text alone; distilled from the teacher; distilled step by step, each model
+the next one's teacher, through scales 0.9 ... 0.5, each from fresh weights; and cut out of the
+teacher, then trained on at a third of the learning rates, with the teacher and without. One
+more fresh half is distilled at these rates, to tell the head start from the rates. Beside
+these, with one seed, half the layers, heads and neurons in a stream that keeps its width, cut
+out and fresh. All see the same windows in the same order; the steps share them. Hours on two
+cores; runs that are recorded already are kept.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from recorded_runs import RecordedRuns
+from recorded_runs import RecordedRuns, in_a_sentence, options
 from teaching import TAUGHT, TRAIN, Teaching
 
 from gptlite.corpus import sample_batch
@@ -27,7 +28,6 @@ from gptlite.pruning.shape_search import scaled_config
 from gptlite.pruning.structure import greedy_layers, shrink
 from gptlite.train import next_token_loss
 
-OUT = Path(__file__).resolve().parents[2] / "assets" / "results" / "pruning" / "halves.json"
 SCALES = (0.9, 0.8, 0.7, 0.6, 0.5)
 SEEDS = (0, 1, 2)
 LOWER = 1 / 3  # of the learning rates: the full ones undo what a model has learned already
@@ -37,88 +37,71 @@ CALIBRATION = 64  # batches of two windows of the text, to choose by
 class Halving(Teaching):
     """The teacher, its labels, and the record of what was made of them."""
 
-    def __init__(self, steps: int, out: Path):
-        super().__init__(replace(TRAIN, steps=steps), "halves")
-        self.half = scaled_config(self.teacher.config, SCALES[-1])
+    def __init__(self, steps: int, out: Path, fresh: bool):
+        config = replace(TRAIN, steps=steps)
         command = f"python scripts/experiments/halve_teacher.py --steps {steps}"
-        facts = {"train": asdict(self.config), "scales": SCALES, "alpha": TAUGHT.alpha}
-        self.recorded = RecordedRuns(out, command=command, **facts)
+        parameters = {"train": asdict(config), "scales": SCALES, "alpha": TAUGHT.alpha}
+        self.recorded = RecordedRuns(out, command, fresh, **parameters)
+        super().__init__(config, "halves")
+        self.half = scaled_config(self.teacher.config, SCALES[-1])
 
     def taught(self, model: GPT, name: str, seed: int, alpha: float, rate: float = 1.0) -> dict:
-        """Train a model by the labels, at a share of the usual learning rates, and what is recorded of it."""
-        config = replace(
-            self.config, lr=rate * self.config.lr, adamw_lr=rate * self.config.adamw_lr
+        """Train a model by the labels, at a share of the rates; what is recorded of it."""
+        lr, adamw_lr = rate * self.config.lr, rate * self.config.adamw_lr
+        config, loss = (
+            replace(self.config, lr=lr, adamw_lr=adamw_lr),
+            replace(TAUGHT, alpha=alpha),
         )
-        log = self.train(
-            model, name, replace(TAUGHT, alpha=alpha), self.store.sample, seed, config
-        )
+        log = self.train(model, name, loss, self.store.sample, seed, config)
         return self.measured(model, log)
 
     def measured(self, model: GPT, log: dict) -> dict:
         """What is recorded of a finished model."""
-        shape = {
-            name: getattr(model.config, name)
-            for name in ("n_layer", "n_head", "n_embd", "hidden")
-        }
-        curve = [*log["val_loss"], [len(log["train_loss"]), self.glimpse(model)]]
-        return {
-            **shape,
-            "parameters": model.n_params(),
-            "val_loss": self.loss(model),
-            "curve": curve,
-        }
+        names = ("n_layer", "n_head", "n_embd", "hidden")
+        found = {name: getattr(model.config, name) for name in names}
+        found |= {"parameters": model.n_params(), "val_loss": self.loss(model)}
+        last = [len(log["train_loss"]), self.glimpse(model)]
+        return {**found, "curve": [*log["val_loss"], last]}
 
     def direct(self, seed: int, alpha: float, rate: float = 1.0) -> dict:
         """Half the size from fresh weights, by the text alone (alpha 0) or by the teacher."""
         torch.manual_seed(seed)
-        return self.taught(
-            GPT(self.half),
-            f"direct, alpha {alpha:g}, seed {seed}" + _rate(rate),
-            seed,
-            alpha,
-            rate,
-        )
+        name = f"direct, alpha {alpha:g}, seed {seed}" + _rate(rate)
+        return self.taught(GPT(self.half), name, seed, alpha, rate)
 
     def in_steps(self, seed: int) -> dict:
-        """Each scale's model from fresh weights, taught by the one before, for an equal share of the steps."""
+        """Each scale's model from fresh weights, taught by the one before, in equal shares."""
         share = replace(self.config, steps=self.config.steps // len(SCALES))
         stages, before, sample = [], None, self.store.sample
         for i, scale in enumerate(SCALES):
             torch.manual_seed(seed)
             model = GPT(scaled_config(self.teacher.config, scale))
-            loss, mine = (
-                replace(TAUGHT, teacher=before),
-                partial(_later, sample, i * share.steps),
-            )
+            loss = replace(TAUGHT, teacher=before)
+            mine = partial(_later, sample, i * share.steps)
             log = self.train(model, f"in steps, {scale}, seed {seed}", loss, mine, seed, share)
             stages.append({"scale": scale, **self.measured(model, log)})
             before, sample = model.eval(), self.unlabelled
         return {**stages[-1], "stages": stages}
 
     def cut_out(self, seed: int, wide: bool) -> tuple[GPT, list[int]]:
-        """The model that is left without what the teacher can spare most, and the layers that stay.
+        """What is left of the teacher without what it can spare most, and the layers that stay.
 
-        Layers go first, one after another, then heads and neurons, and unless it stays wide, channels.
+        Layers go first, one after another, then heads and neurons, and unless it stays wide,
+        channels.
         """
-        c = self.half
-        batches = [
-            sample_batch(self.corpus.train, self.T, 2, step, seed)
-            for step in range(CALIBRATION)
-        ]
+        c, text = self.half, self.corpus.train
+        batches = [sample_batch(text, self.T, 2, step, seed) for step in range(CALIBRATION)]
 
         @torch.no_grad()
         def loss(model: GPT) -> float:
-            return sum(
-                next_token_loss(model, *batch).item() for batch in batches[: CALIBRATION // 4]
-            )
+            some = batches[: CALIBRATION // 4]
+            return sum(next_token_loss(model, *batch).item() for batch in some)
 
         layers = greedy_layers(self.teacher, c.n_layer, loss)
         model = shrink(self.teacher, layers)
         found = gradient_importance(model, batches)
-        heads, neurons = (
-            most_important(found.heads, c.n_head),
-            most_important(found.neurons, c.hidden),
-        )
+        heads = most_important(found.heads, c.n_head)
+        neurons = most_important(found.neurons, c.hidden)
         channels = None if wide else most_important(found.channels, c.n_embd)
         return shrink(model, None, heads, neurons, channels), layers.tolist()
 
@@ -126,10 +109,8 @@ class Halving(Teaching):
         """What was cut out of the teacher, trained on."""
         model, layers = self.cut_out(seed, wide)
         at_once = self.glimpse(model)
-        name = (
-            f"{'wide, ' if wide else ''}cut, {'taught' if teach else 'alone'}, seed {seed}"
-            + _rate(rate)
-        )
+        name = f"cut, {'taught' if teach else 'alone'}, seed {seed}" + _rate(rate)
+        name = f"wide, {name}" if wide else name
         made = self.taught(model, name, seed, TAUGHT.alpha if teach else 0.0, rate)
         return {**made, "layers": layers, "before_training": at_once}
 
@@ -154,28 +135,22 @@ def _later(
 
 def main() -> None:
     """Do what is not recorded yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
-    halving = Halving(args.steps, args.out)
+    args = options(__doc__, "pruning/halves", 1200).parse_args()
+    halving = Halving(args.steps, args.out, args.fresh)
+    direct, cut, alpha = halving.direct, halving.cut, TAUGHT.alpha
     ways: dict[str, Callable[[int], dict]] = {
-        "text alone": lambda seed: halving.direct(seed, 0.0),
-        "distilled": lambda seed: halving.direct(seed, TAUGHT.alpha),
+        "text alone": partial(direct, alpha=0.0),
+        "distilled": partial(direct, alpha=alpha),
         "in steps": halving.in_steps,
-        "distilled at a third of the rate": lambda seed: halving.direct(
-            seed, TAUGHT.alpha, LOWER
-        ),
-        "cut, taught": lambda seed: halving.cut(seed, True),
-        "cut, text alone": lambda seed: halving.cut(seed, False),
+        "distilled at a third of the rate": partial(direct, alpha=alpha, rate=LOWER),
+        "cut, taught": partial(cut, teach=True),
+        "cut, text alone": partial(cut, teach=False),
     }
     once: dict[str, Callable[[int], dict]] = {
-        "cut, taught at the full rate": lambda seed: halving.cut(seed, True, 1.0),
+        "cut, taught at the full rate": partial(cut, teach=True, rate=1.0),
         "wide, distilled": halving.wide,
-        "wide, cut, taught": lambda seed: halving.cut(seed, True, wide=True),
-        "wide, cut, taught at the full rate": lambda seed: halving.cut(
-            seed, True, 1.0, wide=True
-        ),
+        "wide, cut, taught": partial(cut, teach=True, wide=True),
+        "wide, cut, taught at the full rate": partial(cut, teach=True, rate=1.0, wide=True),
     }
     for seed in SEEDS:
         for way, do in (ways | once if seed == SEEDS[0] else ways).items():
@@ -185,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_a_sentence(main)

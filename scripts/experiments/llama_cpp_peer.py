@@ -1,7 +1,8 @@
-"""llama.cpp as the other side of race_llama_cpp.py, run by a Python that has llama-cpp-python and gguf.
+"""llama.cpp as the other side of race_llama_cpp.py.
 
-It reads weights from an .npz file, then answers one request a line: "prefill" and "decode" when they are done,
-"choose" with the token that it finds likeliest after the prompt and after each further token.
+It is run by a Python that has llama-cpp-python and gguf. It reads weights from an .npz file,
+then answers one request a line: "prefill" and "decode" when they are done, "choose" with the
+token that it finds likeliest after the prompt and after each further token.
 """
 
 import json
@@ -13,18 +14,9 @@ import gguf
 import llama_cpp
 import numpy as np
 
-TYPES = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "int8": "Q8_0",
-    "int4": "Q4_0",
-}  # what llama.cpp calls the formats
-FILE_TYPES = {
-    "float32": 0,
-    "bfloat16": 32,
-    "int8": 7,
-    "int4": 2,
-}  # its own numbers for a file of such weights
+# what llama.cpp calls the formats, and its own numbers for a file of such weights
+TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+FILE_TYPES = {"float32": 0, "bfloat16": 32, "int8": 7, "int4": 2}
 PARTS = {
     "ln_1": "attn_norm",
     "ln_2": "ffn_norm",
@@ -51,7 +43,7 @@ def gguf_name(name: str) -> str:
 def write_gguf(
     path: Path, weights: dict[str, np.ndarray], shape: dict[str, int], dtype: str
 ) -> None:
-    """A GPT-2 in llama.cpp's file format, with a vocabulary of made-up words, since tokens come and go as numbers."""
+    """A GPT-2 in llama.cpp's file format; words are made up, since tokens are numbers here."""
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(shape["n_layer"])
     writer.add_head_count(shape["n_head"])
@@ -68,12 +60,11 @@ def write_gguf(
     for token in (writer.add_bos_token_id, writer.add_eos_token_id):
         token(shape["vocab_size"] - 1)
     for name, values in weights.items():
-        # vectors and positions stay float32, as in the files that llama.cpp's own converter writes
+        # vectors and positions stay float32, as in the files of llama.cpp's own converter
         if values.ndim == 2 and name != "wpe.weight" and dtype != "float32":
             kind = gguf.GGMLQuantizationType[TYPES[dtype]]
-            writer.add_tensor(
-                gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind
-            )
+            codes = gguf.quants.quantize(values, kind)
+            writer.add_tensor(gguf_name(name), codes, raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), values)
     writer.write_header_to_file()
@@ -83,22 +74,23 @@ def write_gguf(
 
 
 def main() -> None:
-    """Arguments: the weights' file, the number format, the threads, and prompt and further tokens as JSON."""
+    """Arguments: the weights' file, the number format, the threads, and the task as JSON.
+
+    The task has prompt, further tokens, and the model's shape.
+    """
     source, dtype, threads, tokens = sys.argv[1:]
     task = json.loads(tokens)
     prompt, further, shape = task["prompt"], task["further"], task["shape"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.gguf"
         write_gguf(path, dict(np.load(source)), shape, dtype)
-        room = {
-            "n_ctx": len(prompt) + len(further),
-            "n_threads": int(threads),
-            "n_threads_batch": int(threads),
-        }
+        room = {"n_ctx": len(prompt) + len(further)}
+        room |= {"n_threads": int(threads), "n_threads_batch": int(threads)}
         model = llama_cpp.Llama(str(path), **room, verbose=False)
 
         def likeliest() -> int:
-            logits = llama_cpp.llama_get_logits(model.ctx)  # after the last token that was read
+            # after the last token that was read
+            logits = llama_cpp.llama_get_logits(model.ctx)
             return int(np.ctypeslib.as_array(logits, (shape["vocab_size"],)).argmax())
 
         def prefill() -> None:
@@ -106,9 +98,8 @@ def main() -> None:
             model.eval(prompt)
 
         def decode() -> None:
-            model.n_tokens = len(
-                prompt
-            )  # what came behind the prompt is forgotten by the next call
+            # what came behind the prompt is forgotten by the next call
+            model.n_tokens = len(prompt)
             for token in further:
                 model.eval([token])
 
@@ -121,13 +112,9 @@ def main() -> None:
             return chosen
 
         print(json.dumps(llama_cpp.__version__), flush=True)
+        answers = {"prefill": prefill, "decode": decode, "choose": choose}
         for line in sys.stdin:
-            print(
-                json.dumps(
-                    {"prefill": prefill, "decode": decode, "choose": choose}[line.strip()]()
-                ),
-                flush=True,
-            )
+            print(json.dumps(answers[line.strip()]()), flush=True)
 
 
 if __name__ == "__main__":

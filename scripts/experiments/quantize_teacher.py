@@ -1,19 +1,18 @@
-"""Quantize the teacher in every way that the chapter names, and record what each loses over held-out plays.
+"""Quantize the teacher in every way that the chapter names, and record what each loses.
 
-python scripts/experiments/quantize_teacher.py [--steps 40] [--out assets/results/quantization/teacher.json]
+python scripts/experiments/quantize_teacher.py [--steps 40] [--out PATH] [--fresh]
 
-Runs that are recorded already under the same command are kept. About an hour on two cores.
+Losses are over the held-out plays. Runs that are recorded already are kept. About an hour on
+two cores.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from recorded_runs import RecordedRuns
+from recorded_runs import RecordedRuns, in_a_sentence, options
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,9 +27,6 @@ from gptlite.quantization.model import quantize_model
 from gptlite.quantization.training import NF4Linear, QATLinear, qlora
 from gptlite.train import TrainConfig, evaluate, next_token_loss, train
 
-OUT = (
-    Path(__file__).resolve().parents[2] / "assets" / "results" / "quantization" / "teacher.json"
-)
 NEAREST = {
     "int8, a scale a row": INT8,
     "int4, groups of 64": INT4,
@@ -41,7 +37,8 @@ NEAREST |= {f"int{bits}, groups of 64": Grid(bits, 64) for bits in (3, 2)}
 CALIBRATION = 32  # windows of the training text
 QAT = TrainConfig(batch_size=16, lr=0.002, adamw_lr=2e-4, warmup=5, decay_from=0.1)
 PLAY = 108_000  # characters: most of the last of the held-out plays
-GLIMPSE = 30_000  # held-out characters over which the divergence from the teacher's predictions is taken
+# held-out characters over which the divergence from the teacher's predictions is taken
+GLIMPSE = 30_000
 QLORA = {"rank": 8, "lr": 1e-3, "batch": 8}
 
 
@@ -59,9 +56,8 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
 
     def bits_of(grid: Grid) -> float:
         shapes = [m.weight.shape for m in teacher.modules() if isinstance(m, torch.nn.Linear)]
-        return sum(grid.bits_per_weight(K) * N * K for N, K in shapes) / sum(
-            N * K for N, K in shapes
-        )
+        bits = sum(grid.bits_per_weight(K) * N * K for N, K in shapes)
+        return bits / sum(N * K for N, K in shapes)
 
     def fitted(grid: Grid, fit: Callable) -> Callable[[], dict]:
         def run() -> dict:
@@ -80,11 +76,11 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
         def run() -> dict:
             model = copy.deepcopy(teacher)
             peaks = input_peaks(model, calibration)
-            return loss(
-                model.swap_linears(
-                    lambda m: RoundedInputLinear(m, peaks[m] if static else None, power)
-                )
-            )
+
+            def rounded(linear: torch.nn.Linear) -> RoundedInputLinear:
+                return RoundedInputLinear(linear, peaks[linear] if static else None, power)
+
+            return loss(model.swap_linears(rounded))
 
         return run
 
@@ -92,14 +88,9 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
         def run() -> dict:
             model = copy.deepcopy(teacher)
             model.swap_linears(lambda linear: QATLinear(linear, grid))
-            with torch.enable_grad():
-                log = train(model, corpus, replace(QAT, steps=steps), eval_every=0)
-            return {
-                **loss(model),
-                "seconds": log["seconds"],
-                "bits": bits_of(grid),
-                "curve": log["train_loss"],
-            }
+            log = train(model, corpus, replace(QAT, steps=steps), eval_every=0)
+            found = {**loss(model), "seconds": log["seconds"], "bits": bits_of(grid)}
+            return {**found, "curve": log["train_loss"]}
 
         return run
 
@@ -121,9 +112,8 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
     found["int3, groups of 64, AWQ"] = fitted(Grid(3, 64), awq)
     for bits in (4, 3, 2):
         for name, fit in (("nearest", round_to_nearest), ("GPTQ", gptq)):
-            found[f"int{bits} clipped, groups of 64, {name}"] = fitted(
-                Grid(bits, 64, clip=True), fit
-            )
+            clipped = Grid(bits, 64, clip=True)
+            found[f"int{bits} clipped, groups of 64, {name}"] = fitted(clipped, fit)
     found["int3, groups of 64, QAT"] = through_rounding(Grid(3, 64))
     found["int2 clipped, groups of 64, QAT"] = through_rounding(Grid(2, 64, clip=True))
     found["int2, groups of 64, GPTQ"] = fitted(Grid(2, 64), gptq)
@@ -132,7 +122,10 @@ def runs(teacher: GPT, corpus: Corpus, steps: int) -> dict[str, Callable[[], dic
 
 
 def fine_tuned(teacher: GPT, corpus: Corpus, steps: int) -> dict:
-    """The teacher in NF4 with adapters that learn a play that it does not know; losses on what follows in it."""
+    """The teacher in NF4 with adapters that learn a play that it does not know.
+
+    The losses are on what follows in the play.
+    """
     T = teacher.config.block_size
     known, unknown = corpus.val[-PLAY : -PLAY // 3], corpus.val[-PLAY // 3 :]
     torch.manual_seed(0)
@@ -148,29 +141,21 @@ def fine_tuned(teacher: GPT, corpus: Corpus, steps: int) -> dict:
             optimizer.step()
             optimizer.zero_grad()
     found["NF4 and adapters"] = evaluate(model, unknown, T)
-    numbers = sum(p.numel() for p in learning)
-    return {
-        **QLORA,
-        "steps": 2 * steps,
-        "val_loss": found["NF4 and adapters"],
-        "losses": found,
-        "learning": numbers,
-    }
+    made = {**QLORA, "steps": 2 * steps, "val_loss": found["NF4 and adapters"]}
+    return {**made, "losses": found, "learning": sum(p.numel() for p in learning)}
 
 
+@torch.no_grad()
 def main() -> None:
     """Do what is not recorded yet, and write after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
-    torch.set_grad_enabled(False)
-    teacher, corpus = load_pretrained("teacher").model, load_corpus("plays")
+    args = options(__doc__, "quantization/teacher", 40).parse_args()
     command = f"python scripts/experiments/quantize_teacher.py --steps {args.steps}"
-    recorded = RecordedRuns(args.out, command=command, calibration=CALIBRATION, glimpse=GLIMPSE)
+    parameters = {"steps": args.steps, "calibration": CALIBRATION, "glimpse": GLIMPSE}
+    recorded = RecordedRuns(args.out, command, args.fresh, **parameters)
+    teacher, corpus = load_pretrained("teacher").model, load_corpus("plays")
     for name, do in runs(teacher, corpus, args.steps).items():
         print(f"{name}: {recorded.run(name, do)['val_loss']:.4f} nats a character", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    in_a_sentence(main)

@@ -1,10 +1,11 @@
-"""Decoding, and reading a prompt, in turns with llama.cpp and with PyTorch's own best: one shape, one sitting.
+"""Decoding, and reading a prompt, in turns with llama.cpp and with PyTorch's own best.
 
-    python -m venv peers && peers/bin/pip install llama-cpp-python gguf    # it is compiled, for some minutes
-    python scripts/experiments/race_llama_cpp.py peers/bin/python                      # --record keeps the result with the book
+    python -m venv peers && peers/bin/pip install llama-cpp-python gguf    # takes minutes
+    python scripts/experiments/race_llama_cpp.py peers/bin/python
 
-All have the same weights of GPT-2 small's shape, random ones: speed does not depend on them. llama.cpp runs in a
-process of its own, llama_cpp_peer.py, which is stopped while it is not its turn.
+All have the same weights of GPT-2 small's shape, random ones: speed does not depend on them.
+llama.cpp runs in a process of its own, llama_cpp_peer.py, which is stopped while it is not its
+turn. With --record the result is kept with the book.
 """
 
 import argparse
@@ -19,9 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # large tensors in large pages; read when torch allocates its first
+# large tensors in large pages; read when torch allocates its first
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
@@ -61,10 +61,8 @@ class LlamaCpp:
         folder: Path,
     ):
         path = folder / "weights.npz"
-        np.savez(
-            path,
-            **{name: tensor.float().numpy() for name, tensor in model.state_dict().items()},
-        )
+        weights = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+        np.savez(path, **weights)
         task = json.dumps({"prompt": prompt, "further": further, "shape": asdict(model.config)})
         command = [python, str(PEER), str(path), number, str(torch.get_num_threads()), task]
         self.process = subprocess.Popen(
@@ -78,9 +76,8 @@ class LlamaCpp:
         self.process.stdin.flush()
         self.process.send_signal(signal.SIGCONT)
         answer = self._answer()
-        self.process.send_signal(
-            signal.SIGSTOP
-        )  # or its threads would wait for more by asking all the time
+        # or its threads would wait for more by asking all the time
+        self.process.send_signal(signal.SIGSTOP)
         return answer
 
     def _answer(self):
@@ -94,27 +91,23 @@ class LlamaCpp:
     def close(self) -> None:
         """End the process."""
         self.process.send_signal(signal.SIGCONT)
-        self.process.communicate()  # its input ends, so it ends, and deletes its copy of the weights
+        # its input ends, so it ends, and deletes its copy of the weights
+        self.process.communicate()
 
 
 class Compiled:
     """The same requests, answered by two compiled functions."""
 
     def __init__(self, model: GPT, prompt: list[int], further: list[int]):
-        self.model, self.prompt, self.further = (
-            model,
-            torch.tensor([prompt]),
-            torch.tensor(further).view(-1, 1, 1),
-        )
+        self.model, self.prompt = model, torch.tensor([prompt])
+        self.further = torch.tensor(further).view(-1, 1, 1)
         self.cache = StaticKVCache(
             model.config,
             max_len=len(prompt) + len(further),
             dtype=model.wpe.weight.dtype,
         )
-        self.read, self.step = (
-            torch.compile(fresh(prefill), **STATIC),
-            torch.compile(fresh(decode_one_token), **STATIC),
-        )
+        self.read = torch.compile(fresh(prefill), **STATIC)
+        self.step = torch.compile(fresh(decode_one_token), **STATIC)
 
     def prefill(self) -> torch.Tensor:
         self.cache.rewind()
@@ -126,14 +119,13 @@ class Compiled:
             self.step(self.model, token, self.cache)
 
     def choose(self) -> list[int]:
-        logits = [self.prefill()] + [
-            self.step(self.model, token, self.cache) for token in self.further
-        ]
+        logits = [self.prefill()]
+        logits += [self.step(self.model, token, self.cache) for token in self.further]
         return torch.cat(logits).argmax(-1).tolist()
 
 
 class Ours(Compiled):
-    """As the chapter on compilation does it: a swapped Linear, a swapped attention, and weights in one piece."""
+    """As the chapter on compilation does it: Linear and attention swapped, weights packed."""
 
     def __init__(self, model: GPT, number: str, prompt: list[int], further: list[int]):
         load_kernels()
@@ -141,23 +133,22 @@ class Ours(Compiled):
             quantize_model(model, SCHEMES[number])
         else:
             model.swap_linears(GemvLinear)
-        super().__init__(
-            pack_weights(model).set_attention(single_query_attention), prompt, further
-        )
-        # nothing that guards and checks of sizes look at can change here; and C++ calls the kernels sooner than Python
+        packed = pack_weights(model).set_attention(single_query_attention)
+        super().__init__(packed, prompt, further)
+        # nothing that guards and checks of sizes look at can change here; and C++ calls the
+        # kernels sooner than Python
         options, skip = {"size_asserts": False, "cpp_wrapper": True}, "skip_all_guards_unsafe"
         if hasattr(torch.compiler, skip):  # from torch 2.10 on
             options["guard_filter_fn"] = getattr(torch.compiler, skip)
         self.step = torch.compile(fresh(decode_one_token), **STATIC, options=options)
-        with torch._inductor.config.patch(
-            freezing=True
-        ):  # the prompt's products on weights packed for them
+        # the prompt's products on weights packed for them
+        with torch._inductor.config.patch(freezing=True):
             self.prefill()
         self.decode()
 
 
 class Stock(Compiled):
-    """The best that PyTorch offers by itself: products of its own, tried at compile time, on packed weights."""
+    """The best that PyTorch offers by itself: its own products, tried when it compiles."""
 
     def __init__(self, model: GPT, prompt: list[int], further: list[int]):
         super().__init__(model, prompt, further)
@@ -172,7 +163,7 @@ def fresh(f: Callable) -> Callable:
 
 
 def race(python: str, number: str, repeats: int) -> list[Measurement]:
-    """Both phases in one number format of the weights; beside codes of few bits all else is bfloat16."""
+    """Both phases in one number format of the weights; beside few bits all is bfloat16."""
     torch.manual_seed(0)
     model = GPT(GPT2_SMALL).eval()
     model = model if number == "float32" else model.bfloat16()
@@ -185,21 +176,15 @@ def race(python: str, number: str, repeats: int) -> list[Measurement]:
     chosen, found = peer.ask("choose"), []
     for who, runner in runners.items():
         same = np.mean([a == b for a, b in zip(runner.choose(), chosen, strict=True)])
-        print(
-            f"{number}: after {same:.1%} of the tokens {who} and llama.cpp find the same one likeliest",
-            flush=True,
+        agree = (
+            f"after {same:.1%} of the tokens {who} and llama.cpp find the same one likeliest"
         )
-    context = {
-        "dtype": number,
-        "batch": 1,
-        "context": f"{PROMPT} + {NEW}",
-        "peer": f"llama-cpp-python {peer.version}",
-    }
-    command = f"python scripts/{Path(__file__).name} PYTHON"
-    for phase, calls, count in (
-        ("prefill", 8, PROMPT),
-        ("decode", 1, NEW),
-    ):  # a turn takes about a second
+        print(f"{number}: {agree}", flush=True)
+    context = {"dtype": number, "batch": 1, "context": f"{PROMPT} + {NEW}"}
+    context["peer"] = f"llama-cpp-python {peer.version}"
+    command = f"python scripts/experiments/{Path(__file__).name} PYTHON"
+    # a turn takes about a second
+    for phase, calls, count in (("prefill", 8, PROMPT), ("decode", 1, NEW)):
         turns = {"llama.cpp": lambda phase=phase: peer.ask(phase)}
         turns |= {who: getattr(runner, phase) for who, runner in runners.items()}
         fns = {
@@ -210,16 +195,13 @@ def race(python: str, number: str, repeats: int) -> list[Measurement]:
         label = f"GPT-2 small, {number} {phase}"
         for who, t in times.items():
             speed = [calls * count / seconds for seconds in (t.median, t.high, t.low)]
-            found.append(
-                Measurement(f"{label}, {who}", *speed, "tokens/s", command, context=context)
-            )
-            print(f"{label}, {who}: {speed[0]:.1f} tokens/s")
+            unit = "tokens/s"
+            found.append(Measurement(f"{label}, {who}", *speed, unit, command, context=context))
+            print(f"{label}, {who}: {speed[0]:.1f} {unit}")
         for who in [who for who in times if who != "gptlite"]:
-            gain = ratio(times[who], times["gptlite"])
-            found.append(
-                measurement(f"{label}, gptlite over {who}", gain, command=command, **context)
-            )
-            print(f"{label}, gptlite over {who}: {gain}", flush=True)
+            gain, over = ratio(times[who], times["gptlite"]), f"{label}, gptlite over {who}"
+            found.append(measurement(over, gain, command=command, **context))
+            print(f"{over}: {gain}", flush=True)
     peer.close()
     return found
 
@@ -227,15 +209,13 @@ def race(python: str, number: str, repeats: int) -> list[Measurement]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "python", help="the Python of an environment with llama-cpp-python and gguf"
-    )
+    python = "the Python of an environment with llama-cpp-python and gguf"
+    parser.add_argument("python", help=python)
     numbers = ["float32", "bfloat16", *SCHEMES]
     parser.add_argument("--numbers", nargs="+", default=numbers, choices=numbers)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument(
-        "--record", action="store_true", help="add the result to assets/results"
-    )
+    kept = "add the result to assets/results"
+    parser.add_argument("--record", action="store_true", help=kept)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     found = [m for number in args.numbers for m in race(args.python, number, args.repeats)]

@@ -1,4 +1,4 @@
-"""What experiments with the teacher share: its labels, and one way to train from them that goes on where it was."""
+"""What experiments with the teacher share: its labels, and one way to train from them."""
 
 import re
 import shutil
@@ -19,26 +19,27 @@ from gptlite.model import GPT
 from gptlite.train import TrainConfig, evaluate, train
 
 EVERY = 50  # steps between two looks at the held-out text
-TRAIN = TrainConfig(
-    batch_size=8, warmup=30, lr=0.03, adamw_lr=0.01
-)  # good for small models that learn from the text
-TAUGHT = Distillation(
-    alpha=0.9
-)  # the best of what scripts/experiments/distill_students.py has swept
+# good for small models that learn from the text
+TRAIN = TrainConfig(batch_size=8, warmup=30, lr=0.03, adamw_lr=0.01)
+# the best of what scripts/experiments/distill_students.py has swept
+TAUGHT = Distillation(alpha=0.9)
 
 
 class Teaching:
-    """The teacher, and its labels for every batch of a run; `folder` is where unfinished runs are kept."""
+    """The teacher, and its labels for every batch of a run.
+
+    `folder` is where unfinished runs are kept, in the cache.
+    """
 
     def __init__(self, config: TrainConfig, folder: str):
         self.config, self.corpus = config, load_corpus("plays")
         trained = load_pretrained("teacher").model
         self.T, self.folder = trained.config.block_size, cache_folder() / folder
         n = config.steps * config.batch_size
-        self.store = write_labels(
-            cache_folder() / f"labels-{n}", trained, self.corpus, self.T, n=n
-        )
-        # no dropout in what is made of it: labels are written without, and a brief training does not overfit
+        path = cache_folder() / f"labels-{n}"
+        self.store = write_labels(path, trained, self.corpus, self.T, n=n)
+        # no dropout in what is made of it: labels are written without, and a brief training
+        # does not overfit
         self.teacher = GPT(replace(trained.config, dropout=0.0)).eval()
         self.teacher.load_state_dict(trained.state_dict())
 
@@ -60,16 +61,13 @@ class Teaching:
         config: TrainConfig | None = None,
         **others: Any,
     ) -> dict[str, Any]:
-        """Train a model in place; its log. A run that has been finished is read from where it was kept.
+        """Train a model in place; its log. `others` are options of the training loop.
 
-        `others` are options of the training loop.
+        A run that has been finished is read from where it was kept.
         """
         config = replace(config or self.config, seed=seed)
-        options = {
-            "state_path": self.state(name, config.steps),
-            "recipe": {"name": name},
-            "eval_every": EVERY,
-        }
+        options: dict[str, Any] = {"state_path": self.state(name, config.steps)}
+        options |= {"recipe": {"name": name}, "eval_every": EVERY}
         options |= {"loss_fn": loss_fn, "sample": sample, "compile": bool(shutil.which("c++"))}
         return train(model, self.corpus, config, **options | others)
 
