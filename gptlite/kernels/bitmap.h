@@ -1,4 +1,4 @@
-// Rows of numbers times a row of weights that is kept as its nonzero numbers and a bit for each place.
+// Rows of numbers times a row of weights, kept as its nonzero numbers and a bit for each place.
 #pragma once
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -27,7 +27,8 @@ inline Weights expand(const float*& numbers, uint16_t bits) {
 
 // y[0], y[step], ...: a row of W times each of R rows of x, which have as many whole words
 template <int R>
-void row_times(const float* numbers, const int64_t* bits, int64_t words, const Weights* x, float* y, int64_t step) {
+void row_times(const float* numbers, const int64_t* bits, int64_t words, const Weights* x,
+               float* y, int64_t step) {
   Weights sums[R][PARTS] = {};  // one sum alone would wait for each addition
   for (int64_t word = 0; word < words; word++)
     for (int part = 0; part < PARTS; part++) {

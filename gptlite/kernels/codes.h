@@ -12,7 +12,7 @@
 #include "lanes.h"
 
 constexpr int64_t BLOCK = 64;  // numbers of x that share a scale
-constexpr int64_t SIDE = 32;   // rows of W side by side: each has a sum of its own in two vectors
+constexpr int64_t SIDE = 32;   // rows of W side by side: each has its own sum in two vectors
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
@@ -67,7 +67,8 @@ void side_by_side(const Codes* w, const Halves* scale, int64_t groups, const Rou
   Floats sums[SOME][2] = {};
   for (int64_t g = 0, b = 0; g < groups; g++, scale += 2) {
     Floats wide[2];  // a bfloat16 is the upper half of a float32
-    for (int v = 0; v < 2; v++) wide[v] = (Floats)(__builtin_convertvector(scale[v], Ints) << 16);
+    for (int v = 0; v < 2; v++)
+      wide[v] = (Floats)(__builtin_convertvector(scale[v], Ints) << 16);
     for (const int64_t end = b + blocks / groups; b < end; b++) {
       Ints dots[SOME][2] = {};
       for (int64_t k = 0; k < BLOCK; k += 32 / BITS, w += 2)
