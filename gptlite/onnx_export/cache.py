@@ -1,6 +1,7 @@
 """A GPT with its KV cache as an input and an output: a function without state, as a graph in a file has to be.
 
-The whole cache comes back (`CachedGPT`), or only what is new (`AppendingGPT`); each as one tensor, or as one a layer.
+The whole cache comes back (`CachedGPT`), or only what is new (`AppendingGPT`); each as one
+tensor, or as one a layer.
 """
 
 import copy
@@ -81,7 +82,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 class PastCache:
     """A KV cache as the model asks for one, over a past (2 n_layer, B, H_kv, P, D) that is never written to.
 
-    The past is one tensor, or a list with one (B, H_kv, P, D) for each layer's keys and each layer's values.
+    The past is one tensor, or a list with one (B, H_kv, P, D) for each layer's keys and each
+    layer's values.
     """
 
     def __init__(self, past: Tensor | Sequence[Tensor], layer: type[ConcatLayer]):
@@ -107,8 +109,9 @@ class PastCache:
 class CachedGPT(nn.Module):
     """logits (B, 1, V), present = model(idx (B, T), past): a function without state; `present` is the next `past`.
 
-    Past and present are one tensor (2 n_layer, B, H_kv, .., D), taken apart and stacked again in the graph, or, with
-    `by_layer`, arguments and outputs of their own for the keys and the values of each layer, each (B, H_kv, .., D).
+    Past and present are one tensor (2 n_layer, B, H_kv, .., D), taken apart and stacked again
+    in the graph, or, with `by_layer`, arguments and outputs of their own for the keys and the
+    values of each layer, each (B, H_kv, .., D).
     """
 
     layer, attention, returns = ConcatLayer, staticmethod(masked_attention), "present"

@@ -32,7 +32,8 @@ OPSET = 23  # the first with attention as one operator; ONNX Runtime knows it fr
 class TwoHeadBlock(nn.Module):
     """x + attention(LayerNorm(x)) with two heads, each with its own three Linears: small enough to draw in full.
 
-    Typed and written so that `torch.jit.script`, which knows less Python than the model uses, takes it, too.
+    Typed and written so that `torch.jit.script`, which knows less Python than the model uses,
+    takes it, too.
     """
 
     def __init__(self, n_embd: int = 64, block_size: int = 32, dropout: float = 0.2):
@@ -73,8 +74,9 @@ def export(
 ) -> "onnx.ModelProto":
     """The ONNX graph of a module, captured by `torch.export` from `args`, with no dynamic size under 2.
 
-    `dynamic` names the dimensions that vary: {"idx": {0: "B", 1: "T"}}. `training` exports what the module does in
-    training, dropout included; its mode is put back afterwards. `options` go to `torch.onnx.export`.
+    `dynamic` names the dimensions that vary: {"idx": {0: "B", 1: "T"}}. `training` exports what
+    the module does in training, dropout included; its mode is put back afterwards. `options` go
+    to `torch.onnx.export`.
     """
     _needs("onnxscript")
     if opset < 18:
@@ -124,7 +126,8 @@ def export_torchscript(
 ) -> "onnx.ModelProto":
     """The graph as the older exporter makes it, from a module, a `torch.jit.trace` or a `torch.jit.script` of one.
 
-    The module's mode is left as it is, since this exporter has an opinion of its own (`training` in `options`).
+    The module's mode is left as it is, since this exporter has an opinion of its own
+    (`training` in `options`).
     """
     _needs("onnx")
     import onnx

@@ -14,7 +14,8 @@ import torch
 if TYPE_CHECKING:
     import onnx
 
-# Operators by what they do, as ONNX and as PyTorch name them: in lower case, letters and digits only.
+# Operators by what they do, as ONNX and as PyTorch name them: in lower case, letters and digits
+# only.
 OPERATORS = {
     "matmul": "matmul gemm linear addmm mm bmm baddbmm einsum matmulinteger qlinearmatmul",
     "normalise": "layernormalization nativelayernorm layernorm simplifiedlayernormalization rmsnormalization rmsnorm "

@@ -1,6 +1,7 @@
 """Computation graphs, read, counted and compared: ONNX models and torch.fx graphs alike.
 
-Weights and other constants are not nodes of a graph here: they belong to the operator that reads them.
+Weights and other constants are not nodes of a graph here: they belong to the operator that
+reads them.
 """
 
 import difflib
@@ -18,8 +19,9 @@ from gptlite.onnx_export.runtime import parse_onnx
 def read(source: Any) -> Graph:
     """The graph of an ONNX model, of a path to an .onnx file, or of what torch.export, torch.onnx or torch.fx made.
 
-    Weights in a file beside the model are not read. An If's branches and a Loop's body are read as operators of their
-    own, before it. A FileNotFoundError, ValueError (not ONNX, or cut short) or TypeError says what is wrong.
+    Weights in a file beside the model are not read. An If's branches and a Loop's body are read
+    as operators of their own, before it. A FileNotFoundError, ValueError (not ONNX, or cut
+    short) or TypeError says what is wrong.
     """
     if isinstance(source, Graph):
         return source
@@ -87,8 +89,9 @@ def inside(source: Any, *module: str) -> Graph:
 def compare_graphs(a: Any, b: Any) -> list[tuple[str, str]]:
     """What one graph has and the other has not, in order: ("-", "h.0/attn: Div") if a alone has it, "+" if b alone.
 
-    The order is that of the data, whatever the order in which the same operators are listed. Where one of them knows no
-    modules, as after ONNX Runtime's optimisation, operators are compared without.
+    The order is that of the data, whatever the order in which the same operators are listed.
+    Where one of them knows no modules, as after ONNX Runtime's optimisation, operators are
+    compared without.
     """
     before, after = _by_dataflow(read(a)), _by_dataflow(read(b))
     placed = all(any(node.module for node in nodes) for nodes in (before, after))

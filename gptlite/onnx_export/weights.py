@@ -34,8 +34,8 @@ def quantize_static(
 ) -> "onnx.ModelProto":
     """int8 weights and activations, whose ranges are fixed beforehand from `samples` of inputs.
 
-    Written as QDQ: a QuantizeLinear and a DequantizeLinear stand around what is quantized, and the runtime fuses them
-    into operators on integers where it has such.
+    Written as QDQ: a QuantizeLinear and a DequantizeLinear stand around what is quantized, and
+    the runtime fuses them into operators on integers where it has such.
     """
     import onnxruntime
     from onnxruntime.quantization import (
@@ -58,7 +58,8 @@ def quantize_static(
         for node in model.graph.node
         if node.op_type == "MatMul" and node.input[1] in constants
     ]
-    # 1.23, the last release for Python 3.10, knows opset 23 but not its QuantizeLinear; its own stands in
+    # 1.23, the last release for Python 3.10, knows opset 23 but not its QuantizeLinear; its own
+    # stands in
     own = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 
     def quantize(a: Path, b: Path) -> None:
@@ -96,7 +97,8 @@ def quantize_int4(model: "onnx.ModelProto", group: int = 32) -> "onnx.ModelProto
 def store_half(model: "onnx.ModelProto") -> "onnx.ModelProto":
     """The same model, its float32 weights stored in float16, with a Cast behind each that is done once, at loading.
 
-    Only weights that float16 holds exactly are stored so, as all of a checkpoint kept in float16 are.
+    Only weights that float16 holds exactly are stored so, as all of a checkpoint kept in
+    float16 are.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -152,7 +154,8 @@ def _through_files(
     """What `convert(source, target)` makes of a model; ONNX Runtime's quantizers read and write files."""
     import onnx
 
-    # a value that is zero in all samples has a range of zero, which the quantizer divides by, and sets right afterwards
+    # a value that is zero in all samples has a range of zero, which the quantizer divides by,
+    # and sets right afterwards
     with tempfile.TemporaryDirectory() as folder, _quiet(), np.errstate(all="ignore"):
         source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
         onnx.save(model, source)

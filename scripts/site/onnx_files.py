@@ -1,6 +1,7 @@
 """The ONNX files that the site serves: graphs to walk through, the teacher to run, and what predicts its speed.
 
-python scripts/site/onnx_files.py FOLDER      writes FOLDER/graphs and FOLDER/models; `make book` does so by itself
+python scripts/site/onnx_files.py FOLDER      writes FOLDER/graphs and FOLDER/models; `make
+book` does so by itself
 """
 
 import gzip
@@ -105,9 +106,9 @@ def write_models(folder: Path) -> None:
     write_atomically(folder / "models.json", json.dumps(description, indent=1).encode())
 
 
-# A product (R, K) x (K, N), its weight made of one number when the file is loaded: a few kilobytes of file read as many
-# bytes a step as the model. The numbers differ by layer, or the runtime would make equal weights one, and keep what
-# passes through them near its size.
+# A product (R, K) x (K, N), its weight made of one number when the file is loaded: a few
+# kilobytes of file read as many bytes a step as the model. The numbers differ by layer, or the
+# runtime would make equal weights one, and keep what passes through them near its size.
 Product = Callable[
     [str, str, int, int, int], tuple[list[onnx.NodeProto], list[onnx.TensorProto]]
 ]
