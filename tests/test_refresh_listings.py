@@ -65,7 +65,8 @@ def test_nothing_is_executed_and_the_counts_stay(tmp_path, monkeypatch, capsys):
 def test_branches_are_followed_and_functions_are_not(tmp_path):
     cells = [
         (
-            "try:\n    from gptlite import units\n    show(units)\nexcept ImportError:\n    pass",
+            "try:\n    from gptlite import units\n    show(units)\n"
+            "except ImportError:\n    pass",
         ),
         ("if units:\n    show(units.three_digits)",),
         ("def f():\n    show(nothing)",),

@@ -53,8 +53,10 @@ from IPython.display import display
 print(1, flush=True)
 print("careful", file=sys.stderr)
 print(2, flush=True)
-display({"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "bar"}, raw=True)
-display({"text/plain": "5"}, raw=True, metadata={"scrapbook": {"name": "n", "mime_prefix": ""}})"""
+widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "bar"}
+display(widget, raw=True)
+glued = {"scrapbook": {"name": "n", "mime_prefix": ""}}
+display({"text/plain": "5"}, raw=True, metadata=glued)"""
     path = write(
         tmp_path / "t.ipynb",
         code,
@@ -122,7 +124,8 @@ def test_the_command_runs_the_others_and_fails(tmp_path, monkeypatch, capsys):
     assert run_notebooks.main([]) == 1
     said = capsys.readouterr()
     assert said.err.splitlines()[-1] == (
-        "bad.ipynb: cell 2 of 2 (undefined) raised NameError: name 'undefined' is not defined. The file is as it was."
+        "bad.ipynb: cell 2 of 2 (undefined) raised NameError: name 'undefined' is not defined. "
+        "The file is as it was."
     )
     assert "good.ipynb: executed in" in said.out
     assert said.out.splitlines()[-1].startswith("1 of 2 notebooks executed in")

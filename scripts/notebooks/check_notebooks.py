@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import cells
@@ -243,10 +244,7 @@ def names(
     notebooks: dict[Path, NotebookNode], package: Path
 ) -> Iterator[tuple[Path, int, str]]:
     """No function or class is defined twice, in the notebooks and the package."""
-    where = {}
-    for module in sorted(package.rglob("*.py")):
-        for name in _defined(ast.parse(module.read_text(encoding="utf-8"))):
-            where[name] = f"gptlite/{module.relative_to(package).as_posix()}"
+    where = dict(_defined_in(package))
     for path, notebook in notebooks.items():
         for number, cell in cells.code(notebook):
             for name in _defined(cells.tree(cell.source)):
@@ -385,6 +383,16 @@ def _defined(tree: ast.Module) -> list[str]:
                 child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)
             ] + open_nodes
     return found
+
+
+@cache
+def _defined_in(package: Path) -> dict[str, str]:
+    """The module in which each function and class of the package is defined."""
+    where = {}
+    for module in sorted(package.rglob("*.py")):
+        for name in _defined(ast.parse(module.read_text(encoding="utf-8"))):
+            where[name] = f"gptlite/{module.relative_to(package).as_posix()}"
+    return where
 
 
 def _should_show(source: str) -> bool:
