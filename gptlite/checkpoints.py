@@ -100,7 +100,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(
-    model: GPT, tensors: dict[str, Tensor], source: Path | str = "the checkpoint"
+    model: nn.Module, tensors: dict[str, Tensor], source: Path | str = "the checkpoint"
 ) -> None:
     """Copy tensors into a model; a ValueError names the first that does not fit."""
     expected = own_tensors(model)

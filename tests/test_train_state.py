@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from tiny_runs import QUICK, ROOT, new_model, quiet, run_python, same_weights
 
-from gptlite.checkpoints import read_tensors, save, write_tensors
+from gptlite.checkpoints import save
+from gptlite.tensor_files import read_tensors, write_tensors
 from gptlite.train import next_token_loss, train
 
 # Going on
@@ -251,6 +253,53 @@ def test_a_state_that_is_not_described_as_one_is_refused(corpus, tmp_path, chang
     tensors, info = read_tensors(state)
     write_tensors(state, tensors, info | change)
     with pytest.raises(ValueError, match="is not the state of a training run; delete it"):
+        quiet(new_model(), corpus, QUICK, state_path=state)
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(corpus, tmp_path):
+    """In a weight, in what an optimizer remembers, or in the log."""
+    state, flipped = tmp_path / "run.state", tmp_path / "flipped.state"
+    whole = new_model()
+    log = quiet(whole, corpus, QUICK, state_path=state)
+    content, refused = state.read_bytes(), 0
+    header = 8 + int.from_bytes(content[:8], "little")
+    dice = random.Random(5)
+    places = [dice.randrange(header) for _ in range(100)]
+    places += [dice.randrange(header, len(content)) for _ in range(100)]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << dice.randrange(8)
+        flipped.write_bytes(damaged)
+        model, said = new_model(), ""
+        try:
+            found = quiet(model, corpus, QUICK, state_path=flipped)
+        except ValueError as error:
+            said = str(error)
+        if said:
+            refused += 1
+            assert "flipped.state" in said and "\n" not in said
+            assert same_weights(model, new_model())
+        else:  # in a name that only the file itself has
+            assert place < header and found == log and same_weights(model, whole)
+    assert refused > 190
+
+
+@pytest.mark.parametrize("where", ["model.wpe.weight", "optimizer.0.3.momentum_buffer", "log"])
+def test_a_state_that_was_changed_is_refused(corpus, tmp_path, where):
+    state = tmp_path / "run.state"
+    quiet(new_model(), corpus, QUICK, state_path=state, stop_after=2, save_every=1)
+    tensors, info = read_tensors(state)
+    content = state.read_bytes()
+    if where == "log":
+        loss = str(info["log"]["train_loss"][0]).encode()
+        assert content.count(loss) == 1
+        changed = content.replace(loss, loss[:-1] + bytes([loss[-1] ^ 1]))
+    else:
+        old = tensors[where].numpy().tobytes()
+        assert content.count(old) == 1
+        changed = content.replace(old, old[:7] + bytes([old[7] ^ 1]) + old[8:])
+    state.write_bytes(changed)
+    with pytest.raises(ValueError, match=r"run\.state is damaged: its SHA-256 is"):
         quiet(new_model(), corpus, QUICK, state_path=state)
 
 

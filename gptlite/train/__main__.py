@@ -22,6 +22,7 @@ from gptlite.corpus import Corpus, load_corpus, windows
 from gptlite.device import fast_dtype, pick_device, processor_name
 from gptlite.files import check_can_write, write_atomically
 from gptlite.model import GPT, GPTConfig
+from gptlite.tensor_files import read_tensors
 from gptlite.train.config import TrainConfig
 from gptlite.train.loop import train
 from gptlite.train.losses import LossFn, evaluate, next_token_loss, penalized_loss
@@ -116,7 +117,7 @@ def _recipe(args: argparse.Namespace, model: GPT) -> tuple[dict[str, Any], LossF
 
 def _begin(model: GPT, path: Path) -> dict[str, Any]:
     """Load the weights of a checkpoint, or of another run's state; how those came about."""
-    tensors, info = checkpoints.read_tensors(path)
+    tensors, info = read_tensors(path)
     try:
         found = {
             "name": path.stem,

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from gptlite import checkpoints
+from gptlite.checkpoints import load_weights, own_tensors
+from gptlite.tensor_files import read_tensors, write_tensors
 
 # what an optimizer remembers of a parameter
 MEMORY = {"Muon": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
@@ -26,7 +27,7 @@ def write_state(
 
     A FloatingPointError names a tensor that is not finite; an older state then stays.
     """
-    tensors = {f"model.{n}": t for n, t in checkpoints.own_tensors(model).items()}
+    tensors = {f"model.{n}": t for n, t in own_tensors(model).items()}
     for i, optimizer in enumerate(optimizers):
         for p, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{p}.{key}": t for key, t in state.items()}
@@ -36,7 +37,7 @@ def write_state(
             f"{name} is not finite after {steps} steps, which are not saved; a lower "
             "learning rate may help."
         )
-    checkpoints.write_tensors(path, tensors, {**info, "scaler": scaler.state_dict()})
+    write_tensors(path, tensors, {**info, "scaler": scaler.state_dict()})
 
 
 def read_state(
@@ -53,7 +54,7 @@ def read_state(
     changed then. The number of steps alone may differ; a fact that older files lack is taken
     to be the same.
     """
-    tensors, info = checkpoints.read_tensors(path)
+    tensors, info = read_tensors(path)
     if not _is_state(info):
         raise ValueError(f"{path} is not the state of a training run; {ANEW}.")
     mine, theirs = _flat(facts), _flat({**facts, "recipe": {}, **info})
@@ -71,7 +72,7 @@ def read_state(
     if memories is None or scale.keys() != scaler.state_dict().keys():
         raise ValueError(f"{path} holds a run with other optimizers; {ANEW}.")
     weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model.")}
-    checkpoints.load_weights(model, weights, path)
+    load_weights(model, weights, path)
     for optimizer, memory in zip(optimizers, memories, strict=True):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": memory})
     if scale:
