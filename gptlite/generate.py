@@ -36,8 +36,9 @@ def probabilities(
 ) -> Tensor:
     """The distribution (B, V) that `sample` draws from, given logits (B, V).
 
-    At temperature 0 all of it is on one token. `top_k` keeps the k likeliest tokens (and what is as
-    likely as the k-th), `top_p` the fewest whose probabilities reach p (Holtzman et al., 2020).
+    At temperature 0 all of it is on one token. `top_k` keeps the k likeliest tokens (and what
+    is as likely as the k-th), `top_p` the fewest whose probabilities, at that temperature,
+    reach p (Holtzman et al., 2020).
     """
     V = logits.shape[-1]
     if not temperature >= 0:
@@ -46,18 +47,24 @@ def probabilities(
         raise ValueError(f"top_k is {top_k}, but must be from 1 to the vocabulary's {V}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1.")
+    most = logits.amax(dim=-1, keepdim=True)  # (B, 1), NaN where there is one
+    if not most.isfinite().all():
+        found = most.flatten().tolist()
+        raise ValueError(f"the largest logits are {found}, but must be finite.")
     if temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), V).float()
-    logits = logits.float()
+    logits, most = logits.float(), most.float()
+    out = logits == -torch.inf
     if top_k is not None:
-        kth = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    # at most 0, so that no temperature overflows
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+        out |= logits < logits.topk(top_k).values[:, -1:]
+    # at most 0, so that no temperature overflows; below float32's least one there is no lower
+    logits = (logits - most) / max(temperature, torch.finfo(torch.float32).tiny)
+    logits = logits.masked_fill(out, -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(dim=-1).sort(descending=True)
-        # what stands before it reaches p without it
+        # what stands before a token reaches p without it; before the first stands nothing
         drop = ordered.cumsum(dim=-1) - ordered >= top_p
+        drop[:, 0] = False
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     return logits.softmax(dim=-1)
 
@@ -69,7 +76,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A token (B, 1) drawn from logits (B, V) as `probabilities` says; at temperature 0 the likeliest."""
+    """A token (B, 1) drawn from logits (B, V) as `probabilities` says; at 0 the likeliest."""
     p = probabilities(logits, temperature, top_k, top_p)
     if temperature == 0:
         return p.argmax(dim=-1, keepdim=True)
@@ -93,12 +100,12 @@ def stream(
     cache: TextCache | None = None,
     **sampling: Any,
 ) -> Iterator[Tensor]:
-    """Continue idx (B, T), yielding each new token (B, 1) as it is drawn; `sampling` is `sample`'s.
+    """Continue idx (B, T), yielding each token (B, 1) as it is drawn with `sample`'s options.
 
-    Without a cache the whole context is computed anew for each token. With one, the prompt is read
-    once and then one token at a time. The text is the same, also past `block_size`: there every
-    position moves with each token, so no key can be kept, and the window is read anew into the
-    cache each time. A cache that always has room, as a rolling one, goes on instead.
+    Without a cache the whole context is computed anew for each token. With one, the prompt is
+    read once and then one token at a time. The text is the same, also past `block_size`: there
+    every position moves with each token, so no key can be kept, and the window is read anew
+    into the cache each time. A cache that always has room, as a rolling one, goes on instead.
     """
     block_size = model.config.block_size
     if idx.ndim != 2:
@@ -151,7 +158,7 @@ def _stream(
 
 
 def _check_text(cache: TextCache, read: int) -> None:
-    """Raise a ValueError if the cache holds other tokens than the `read` that a text left in it."""
+    """Raise a ValueError if a cache does not hold the `read` tokens that a text left in it."""
     if cache.length != read:
         left = (
             f" where this one left {read}, so give each its own"

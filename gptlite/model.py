@@ -62,30 +62,22 @@ class GPTConfig:
     n_layer: int = 6
     n_head: int = 6
     n_embd: int = 384
-    # the longest context: one learned position for each
-    block_size: int = 256
+    block_size: int = 256  # the longest context: one learned position for each
     vocab_size: int = 65
-    # heads of keys and values; None means n_head, fewer is grouped-query attention
-    n_kv_head: int | None = None
-    # on the embedding and on each residual branch, in training only
-    dropout: float = 0.0
-    # None means n_embd / n_head; what is left after pruning may be another
-    head_size: int | None = None
-    # neurons of an MLP; None means 4 n_embd
-    n_hidden: int | None = None
+    n_kv_head: int | None = None  # heads of keys and values; None: n_head, fewer are shared
+    dropout: float = 0.0  # on the embedding and on each residual branch, in training only
+    head_size: int | None = None  # None: n_embd / n_head; what pruning leaves may be another
+    n_hidden: int | None = None  # neurons of an MLP; None: 4 n_embd
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if name != "dropout" and value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
-        if self.head_size is None and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide."
-            )
-        if self.n_head % self.kv_heads:
-            raise ValueError(
-                f"n_head is {self.n_head}, which n_kv_head = {self.kv_heads} does not divide."
-            )
+        C, H, H_kv = self.n_embd, self.n_head, self.kv_heads
+        if self.head_size is None and C % H:
+            raise ValueError(f"n_embd is {C}, which n_head = {H} does not divide.")
+        if H % H_kv:
+            raise ValueError(f"n_head is {H}, which n_kv_head = {H_kv} does not divide.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1.")
 

@@ -1,4 +1,4 @@
-"""Sampling against its definition; the cached text against the naive one; bad input against its sentence."""
+"""Sampling against its definition, and the cached text against the naive one."""
 
 import re
 
@@ -57,7 +57,7 @@ def test_top_k_keeps_the_k_likeliest_and_their_ties(row, data):
 
 @given(logits_rows, st.floats(0.01, 1))
 def test_top_p_keeps_the_fewest_that_reach_p(row, top_p):
-    """No set with fewer tokens reaches p; the kept one does; what is kept keeps its proportions."""
+    """No set of fewer tokens reaches p, the kept one does, and it keeps its proportions."""
     p = torch.tensor([row], dtype=torch.float64).softmax(-1)[0]
     found = probabilities(torch.tensor([row]), top_p=top_p)[0].double()
     kept = found > 0
@@ -76,7 +76,7 @@ def test_top_p_of_one_keeps_all():
 
 
 def test_top_k_comes_before_top_p():
-    """As everywhere: p is a share of what top_k left. Of (1/2, 1/4, 1/8, 1/8) two are left, as 2/3 and 1/3."""
+    """As everywhere: p is a share of what top_k left, here 2/3 and 1/3."""
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     torch.testing.assert_close(
         probabilities(logits, top_k=2, top_p=0.6), torch.tensor([[1.0, 0, 0, 0]])
@@ -90,10 +90,57 @@ def test_each_row_is_cut_for_itself():
     assert (probabilities(logits, top_k=1) > 0).sum(-1).tolist() == [1, 4, 1]
 
 
-@pytest.mark.parametrize("temperature", [1e-2, 1e-37])
+@pytest.mark.parametrize("temperature", [1e-2, 1e-37, 1e-320, 5e-324])
 def test_a_low_temperature_is_greedy_and_does_not_overflow(temperature):
     logits = torch.tensor([[80.0, 0, -80], [0, 80, 80]])  # float32 ends at 3.4e38
     assert probabilities(logits, temperature).tolist() == [[1, 0, 0], [0, 0.5, 0.5]]
+
+
+def test_the_nucleus_is_that_of_the_tempered_distribution():
+    """Squares of (0.5, 0.3, 0.2) are as 25 : 9 : 4, and roots as 0.71 : 0.55 : 0.45."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    cold = probabilities(logits, temperature=0.5, top_p=0.6)  # 25 / 38 reach it alone
+    torch.testing.assert_close(cold, torch.tensor([[1.0, 0, 0]]))
+    warm = probabilities(logits, temperature=2, top_p=0.75)  # 0.415 and 0.322 do not reach it
+    root = torch.tensor([[0.5, 0.3, 0.2]]).sqrt()
+    torch.testing.assert_close(warm, root / root.sum())
+    assert (probabilities(logits, top_p=0.75) > 0).sum() == 2
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(hidden, temperature):
+    """A NaN is larger than anything to argmax: it would be taken for ever."""
+    logits = torch.tensor([[0.0, 1.0], [hidden, hidden]])
+    with pytest.raises(
+        ValueError, match=rf"largest logits are \[1\.0, {hidden}\], but must be"
+    ):
+        probabilities(logits, temperature)
+    with pytest.raises(ValueError, match=r"but must be finite"):
+        sample(logits.flip(0), temperature)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.25, 0.25, 0.25, 0.25, 0]),
+        ({"top_k": 2}, [0.5, 0, 0.5, 0, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [0.5, 0, 0.5, 0, 0]),
+    ],
+)
+def test_an_infinite_temperature_makes_all_that_is_kept_alike(options, expected):
+    logits = torch.tensor([[5.0, 1.0, 4.0, 3.0, -torch.inf]])  # the last is hidden
+    found = probabilities(logits, temperature=float("inf"), **options)
+    kept = [p for p in found[0].tolist() if p]
+    assert sorted(kept) == sorted(p for p in expected if p)
+    assert found[0, 4] == 0 and found[0, 0] > 0
+
+
+@pytest.mark.parametrize("top_p", [1e-50, 5e-324, 1e-9])
+def test_however_small_the_nucleus_it_has_a_token(top_p):
+    logits = torch.tensor([[0.0, 2.0, 1.0], [7.0, 0.0, 7.0]])
+    assert (probabilities(logits, top_p=top_p) > 0).sum(-1).tolist() == [1, 1]
+    assert probabilities(logits, top_p=top_p)[0, 1] == 1
 
 
 @given(logits_rows, st.integers(0, 99))
@@ -180,7 +227,7 @@ def test_naive_generation_draws_from_the_model_after_the_last_block_size_tokens(
 
 
 def test_with_a_cache_each_token_is_computed_once(make_model):
-    """What the cache is for: after the prompt the model reads one token at a time, until its window is full."""
+    """After the prompt the model reads one token at a time, until its window is full."""
     model, read = make_model(), []
     model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1]))
     generate(model, prompt(1, 5), 4, KVCache(model.config))
@@ -227,7 +274,7 @@ def test_tokens_come_as_they_are_drawn(make_model):
 
 
 def test_between_two_tokens_the_reader_is_not_in_inference_mode(make_model):
-    """A generator runs inside of its reader's code: what it switches on must be off while it waits."""
+    """A generator runs inside its reader's code: what it switches on is off while it waits."""
     model, weight = make_model(), torch.ones(2, requires_grad=True)
     for _ in stream(model, prompt(1, 3), 2):
         assert not torch.is_inference_mode_enabled()
@@ -241,7 +288,7 @@ def test_between_two_tokens_the_reader_is_not_in_inference_mode(make_model):
 
 
 def test_a_generated_text_can_be_trained_on(make_model):
-    """Distillation does so; tensors made in inference mode could not be saved for the backward pass."""
+    """As distillation does; tensors made in inference mode have no backward pass."""
     model = make_model()
     text = generate(model, prompt(1, 3), 5, KVCache(model.config))
     model(text).sum().backward()

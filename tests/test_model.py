@@ -1,4 +1,4 @@
-"""GPTlite against Hugging Face's GPT-2, against attention written out by hand, and against itself."""
+"""GPTlite against Hugging Face's GPT-2, attention written out by hand, and itself."""
 
 import math
 import re
@@ -211,6 +211,19 @@ def test_every_token_and_its_position_reach_the_last_logits(make_model):
         changed[0, t] = (changed[0, t] + 1) % 17
         assert not torch.allclose(model(changed)[:, -1], last)
     assert not torch.allclose(model(idx.flip(1).roll(-1, 1))[:, -1], last)
+
+
+def test_every_layer_norm_adds_gpt2s_epsilon_to_the_variance(make_model):
+    """By hand in float64; inputs so small that 1e-6, or none, would double the answer."""
+    norms = [m for m in make_model().modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * 2 + 1
+    x = 1e-3 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for norm in norms:
+        for row, found in zip(x.double(), norm(x), strict=True):
+            mean = sum(row.tolist()) / 32
+            variance = sum((n - mean) ** 2 for n in row.tolist()) / 32
+            expected = (row - mean) / math.sqrt(variance + 1e-5) * norm.weight + norm.bias
+            torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
