@@ -30,7 +30,9 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from gptlite.onnx_export.runtime import OnnxCache, OnnxGPT, check_onnx, open_session  # noqa: E402
+from gptlite.onnx_export.files import check_onnx  # noqa: E402
+from gptlite.onnx_export.runtime import OnnxCache, OnnxGPT  # noqa: E402
+from gptlite.onnx_export.sessions import open_session  # noqa: E402
 
 BLOCK = (["x"], ["y"], {"x": {0: "B", 1: "T"}})
 FORMS = [(form, by_layer) for form in (CachedGPT, AppendingGPT) for by_layer in (False, True)]
@@ -233,7 +235,7 @@ def test_the_cached_graph_takes_any_batch_past_and_length(
     )
     model, cache = (
         OnnxGPT(sessions[form, by_layer], tiny.config),
-        OnnxCache(tiny.config, B, by_layer),
+        OnnxCache(tiny.config, B=B, by_layer=by_layer),
     )
     if P:
         model(idx[:, :P], cache)
@@ -254,7 +256,7 @@ def test_greedy_text_is_pytorch_s_token_by_token_also_past_the_window(
     expected = generate(tiny, idx, 30, KVCache(tiny.config, B=2), temperature=0)
     model, cache = (
         OnnxGPT(sessions[form, by_layer], tiny.config),
-        OnnxCache(tiny.config, 2, by_layer),
+        OnnxCache(tiny.config, B=2, by_layer=by_layer),
     )
     assert torch.equal(generate(model, idx, 30, cache, temperature=0), expected)
 
@@ -285,10 +287,11 @@ def test_the_trained_teacher_writes_the_same_text(form, by_layer):
     idx = teacher.tokenizer.encode("MIRANDA:\nO wonder")[None]
     expected = generate(model, idx, 120, KVCache(config), temperature=0)
     assert torch.equal(
-        generate(exported, idx, 120, OnnxCache(config, 1, by_layer), temperature=0), expected
+        generate(exported, idx, 120, OnnxCache(config, by_layer=by_layer), temperature=0),
+        expected,
     )
     with torch.no_grad():
-        cache = OnnxCache(config, 1, by_layer)
+        cache = OnnxCache(config, by_layer=by_layer)
         logits = exported(expected[:, :-1], cache)
         assert (logits[:, -1] - model(expected[:, :-1])[:, -1]).abs().max() < 1e-4
 

@@ -8,24 +8,15 @@ from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, GPTConfig
 from gptlite.onnx_export.cache import AppendingGPT, CachedGPT
-from gptlite.onnx_export.runtime import (
-    BoundCache,
-    BoundGPT,
-    OnnxCache,
-    OnnxGPT,
-    check_onnx,
-    load_onnx,
-    open_session,
-    optimized,
-)
+from gptlite.onnx_export.runtime import BoundCache, BoundGPT, OnnxCache, OnnxGPT
+from gptlite.onnx_export.sessions import open_session, optimized
 
 pytestmark = pytest.mark.slow  # a first export takes ten seconds, which is importing
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from gptlite.onnx_export.exporters import export_cached  # noqa: E402
+from gptlite.onnx_export.exporters import export_cached, export_gpt  # noqa: E402
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=11)
 
@@ -38,92 +29,9 @@ def tiny(make_model) -> GPT:
 @pytest.fixture(scope="module")
 def graphs(tiny):
     graphs = {form.returns: export_cached(tiny, form) for form in (CachedGPT, AppendingGPT)}
-    return graphs | {"new, by layer": export_cached(tiny, by_layer=True)}
-
-
-def doubled(opset: int = 20, values: int = 4) -> "onnx.ModelProto":
-    """y = x + w."""
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [values]) for name in "xy")
-    weight = numpy_helper.from_array(np.arange(values, dtype=np.float32), "w")
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "w"], ["y"])], "sum", [x], [y], [weight]
-    )
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
-    )
-
-
-def test_a_file_is_read_whole_with_its_weights_beside_it(tmp_path):
-    onnx.save(
-        doubled(values=400),
-        tmp_path / "m.onnx",
-        save_as_external_data=True,
-        location="w.bin",
-        size_threshold=0,
-    )
-    session = open_session(tmp_path / "m.onnx", threads=1)
-    assert (session.run(None, {"x": np.ones(400, np.float32)})[0] == 1 + np.arange(400)).all()
-
-
-def test_weights_that_are_gone_are_named(tmp_path):
-    onnx.save(
-        doubled(values=400),
-        tmp_path / "m.onnx",
-        save_as_external_data=True,
-        location="w.bin",
-        size_threshold=0,
-    )
-    (tmp_path / "w.bin").unlink()
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"^m\.onnx keeps its weights in w\.bin, which must lie beside it",
-    ):
-        load_onnx(tmp_path / "m.onnx")
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
-def test_a_truncated_file_is_refused(tmp_path, keep):
-    content = doubled(values=400).SerializeToString()
-    (tmp_path / "m.onnx").write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"^m\.onnx "):
-        load_onnx(tmp_path / "m.onnx")
-
-
-def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "m.onnx").write_bytes(b"\xff" * 200)
-    with pytest.raises(
-        ValueError, match=r"^m\.onnx is no ONNX model, or was cut short; export it again\.$"
-    ):
-        load_onnx(tmp_path / "m.onnx")
-
-
-def test_no_file_is_said(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no ONNX file at .*m\.onnx; export the model first\.$"
-    ):
-        open_session(tmp_path / "m.onnx")
-
-
-@pytest.mark.parametrize("opset", [6, 99])
-def test_an_opset_that_cannot_be_run_is_refused(opset):
-    with pytest.raises(
-        ValueError, match=rf"^it is written in opset {opset}, but opsets 7 to \d+ can be read"
-    ):
-        check_onnx(doubled(opset), "it")
-
-
-def test_a_graph_that_breaks_a_rule_is_refused():
-    model = doubled()
-    model.graph.node[0].input[1] = "nowhere"
-    with pytest.raises(ValueError, match=r"^the model breaks a rule of ONNX \(.*\)\.$"):
-        open_session(model)
-
-
-def test_a_provider_that_is_not_there_is_named():
-    with pytest.raises(
-        ValueError, match=r"^this onnxruntime has no TensorrtExecutionProvider; it has .*CPU"
-    ):
-        open_session(doubled(), providers=["TensorrtExecutionProvider", "CPUExecutionProvider"])
+    graphs["present, by layer"] = export_cached(tiny, CachedGPT, by_layer=True)
+    graphs["new, by layer"] = export_cached(tiny, by_layer=True)
+    return graphs | {"without a cache": export_gpt(tiny)}
 
 
 def test_the_optimiser_fuses_nodes_and_changes_nothing(graphs):
@@ -144,7 +52,7 @@ def test_the_optimiser_fuses_nodes_and_changes_nothing(graphs):
 def test_the_cache_can_be_rewound(tiny, graphs, form):
     model, cache = (
         OnnxGPT(open_session(graphs[form], threads=1), CONFIG),
-        OnnxCache(CONFIG, 1, "layer" in form),
+        OnnxCache(CONFIG, by_layer="layer" in form),
     )
     idx = torch.arange(8)[None]
     model(idx[:, :5], cache)
@@ -171,6 +79,46 @@ def test_a_bound_cache_gives_the_same_text(tiny, graphs):
         cache.rewind(3)
 
 
+@pytest.mark.parametrize(
+    ("form", "found"),
+    [
+        ("new", "takes idx, past and returns logits, new"),
+        ("new, by layer", "takes idx, past.k0 and returns logits, new.k0"),
+        ("present, by layer", "takes idx, past.k0 and returns logits, present.k0"),
+        ("without a cache", "takes idx and returns logits"),
+    ],
+)
+def test_only_a_graph_that_returns_its_whole_cache_can_be_bound(graphs, form, found):
+    """Bound to another, the past would be the last token alone, from the third one on."""
+    with pytest.raises(ValueError) as error:
+        BoundGPT(open_session(graphs[form], threads=1), CONFIG)
+    wanted = "idx, past and logits, present: export_cached(model, CachedGPT)"
+    assert str(error.value) == f"the graph {found}, but can be bound only with {wanted}."
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_format_is_refused_before_anything_is_said(make_model, dtype, capfd):
+    for export in (export_cached, export_gpt):
+        with pytest.raises(ValueError) as error:
+            export(make_model(**asdict(CONFIG)).to(dtype))
+        remedy = "export model.float().cpu(), and store_half halves the file"
+        assert str(error.value) == f"wte.weight is {dtype} on cpu; {remedy}."
+    with pytest.raises(ValueError, match=r"^wte\.weight is torch\.float32 on meta; "):
+        export_gpt(GPT(CONFIG).to("meta"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_bound_text_that_is_too_long_is_refused(graphs):
+    model, cache = (
+        BoundGPT(open_session(graphs["present"], threads=1), CONFIG),
+        BoundCache(CONFIG),
+    )
+    model(torch.zeros(1, 10, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match=r"^17 tokens are more than the model's block_size"):
+        model(torch.zeros(1, 7, dtype=torch.long), cache)
+    assert cache.length == 10
+
+
 def test_too_long_a_text_is_refused(graphs):
     model, cache = OnnxGPT(open_session(graphs["new"], threads=1), CONFIG), OnnxCache(CONFIG)
     model(torch.zeros(1, 10, dtype=torch.long), cache)
@@ -191,19 +139,3 @@ def test_a_cache_of_another_form_is_refused(graphs):
         ValueError, match=r"^the graph takes idx, past\.k0, but is given idx; .* by_layer\.$"
     ):
         model(torch.zeros(1, 3, dtype=torch.long))
-
-
-def test_without_onnx_runtime_a_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match="pip install onnxruntime"):
-        open_session(doubled())
-
-
-def test_what_the_runtime_cannot_run_is_a_sentence():
-    model = doubled()
-    model.graph.node[0].op_type, model.graph.node[0].domain = "Nothing", "nobody"
-    model.opset_import.append(helper.make_opsetid("nobody", 1))
-    with pytest.raises(
-        ValueError, match=r"^ONNX Runtime [\d.]+ cannot run the model \(.*Nothing.*\)\.$"
-    ):
-        open_session(model)

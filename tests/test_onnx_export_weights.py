@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from gptlite.model import GPT, GPTConfig
-from gptlite.onnx_export.runtime import OnnxCache, OnnxGPT, check_onnx, open_session
+from gptlite.onnx_export.files import check_onnx
+from gptlite.onnx_export.runtime import OnnxCache, OnnxGPT
+from gptlite.onnx_export.sessions import open_session
 
 pytestmark = pytest.mark.slow  # a first export takes ten seconds, which is importing
 onnx = pytest.importorskip("onnx")

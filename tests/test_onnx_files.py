@@ -13,7 +13,8 @@ from site_files import SITE
 from gptlite.checkpoints import load_pretrained
 from gptlite.model import GPTConfig
 from gptlite.onnx_export.cache import cache_names
-from gptlite.onnx_export.runtime import load_onnx, open_session, optimized
+from gptlite.onnx_export.files import load_onnx
+from gptlite.onnx_export.sessions import open_session, optimized
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -1,14 +1,12 @@
-"""ONNX export: a model captured as one graph, in a file that needs no Python to run (https://onnx.ai)."""
+"""ONNX export: a model captured as one graph that needs no Python to run (https://onnx.ai)."""
 
 import copy
 import inspect
 import io
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -22,19 +20,23 @@ from gptlite.onnx_export.cache import (
     empty_past,
     masked_attention,
 )
+from gptlite.onnx_export.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 23  # the first with attention as one operator; ONNX Runtime knows it from 1.23 on, in the browser too
+# the first with attention as one operator; ONNX Runtime knows it from 1.23 on, in browsers too
+OPSET = 23
 
 
 class TwoHeadBlock(nn.Module):
-    """x + attention(LayerNorm(x)) with two heads, each with its own three Linears: small enough to draw in full.
+    """x + attention(LayerNorm(x)) with two heads, each with its own three Linears: fit to draw.
 
     Typed and written so that `torch.jit.script`, which knows less Python than the model uses,
     takes it, too.
     """
+
+    past_only: Tensor
 
     def __init__(self, n_embd: int = 64, block_size: int = 32, dropout: float = 0.2):
         super().__init__()
@@ -45,15 +47,15 @@ class TwoHeadBlock(nn.Module):
         self.value = nn.ModuleList(nn.Linear(n_embd, D) for _ in range(2))
         self.proj = nn.Linear(n_embd, n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer(
-            "past_only", torch.ones(block_size, block_size, dtype=torch.bool).tril()
-        )
+        square = torch.ones(block_size, block_size, dtype=torch.bool)
+        self.register_buffer("past_only", square.tril())
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[1]
         h = self.ln(x)  # (B, T, C)
         heads = []
-        for query, key, value in zip(self.query, self.key, self.value):  # noqa: B905 (`strict` is unknown to TorchScript)
+        # `strict` is unknown to TorchScript
+        for query, key, value in zip(self.query, self.key, self.value):  # noqa: B905
             q, k, v = query(h), key(h), value(h)  # (B, T, D)
             scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])  # (B, T, T)
             scores = scores.masked_fill(~self.past_only[:T, :T], -float("inf"))
@@ -72,46 +74,42 @@ def export(
     opset: int = OPSET,
     **options: Any,
 ) -> "onnx.ModelProto":
-    """The ONNX graph of a module, captured by `torch.export` from `args`, with no dynamic size under 2.
+    """The ONNX graph of a module, captured by `torch.export` from `args`.
 
-    `dynamic` names the dimensions that vary: {"idx": {0: "B", 1: "T"}}. `training` exports what
-    the module does in training, dropout included; its mode is put back afterwards. `options` go
-    to `torch.onnx.export`.
+    No size that varies may be under 2 there. `dynamic` names the dimensions that vary: {"idx":
+    {0: "B", 1: "T"}}. `training` exports what the module does in training, dropout included;
+    its mode is put back afterwards. `options` go to `torch.onnx.export`.
     """
     _needs("onnxscript")
     if opset < 18:
-        raise ValueError(
-            f"opset is {opset}, but torch.export's graphs are written in opset 18 or newer."
-        )
-    shapes = tuple(dict((dynamic or {}).get(name, {})) for name in inputs)
-    for name, tensor, sizes in zip(inputs, args, shapes, strict=True):
-        for i, letter in sizes.items():
+        oldest = "torch.export's graphs are written in opset 18 or newer"
+        raise ValueError(f"opset is {opset}, but {oldest}.")
+    sizes = [dict((dynamic or {}).get(name, {})) for name in inputs]
+    for name, tensor, letters in zip(inputs, args, sizes, strict=True):
+        for i, letter in letters.items():
             if (size := tensor.shape[i]) < 2:
-                found = f"{name} is given with {letter} = {size}"
-                raise ValueError(
-                    f"{found}, which torch.export takes for a constant; give 2 or more."
-                )
-    kinds = [
-        parameter.kind for parameter in inspect.signature(module.forward).parameters.values()
-    ]
-    if (
-        inspect.Parameter.VAR_POSITIONAL in kinds
-    ):  # as in forward(idx, *past), or in any compiled module
+                constant = "which torch.export takes for a constant; give 2 or more"
+                raise ValueError(f"{name} is given with {letter} = {size}, {constant}.")
+    shapes: list[Any] = [*sizes]
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    # as in forward(idx, *past), or in any compiled module: `*past` is one argument, a tuple
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
         first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-        shapes = (*shapes[:first], shapes[first:])  # `*past` is one argument, a tuple
-    with _mode(module, training), _quiet():
+        shapes[first:] = [tuple(sizes[first:])]
+    with _mode(module, training), quiet():
         program = torch.onnx.export(
             module,
             tuple(args),
             dynamo=True,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes=tuple(shapes),
             optimize=optimize,
             opset_version=opset,
             verbose=False,
             **options,
         )
+    assert program is not None  # as `dynamo` says
     return _without_paths(program.model_proto)
 
 
@@ -124,7 +122,7 @@ def export_torchscript(
     opset: int = 17,
     **options: Any,
 ) -> "onnx.ModelProto":
-    """The graph as the older exporter makes it, from a module, a `torch.jit.trace` or a `torch.jit.script` of one.
+    """The graph as the older exporter makes it, from a module or what `torch.jit` made of one.
 
     The module's mode is left as it is, since this exporter has an opinion of its own
     (`training` in `options`).
@@ -133,11 +131,11 @@ def export_torchscript(
     import onnx
 
     file = io.BytesIO()
-    with _quiet():
+    with quiet():
         torch.onnx.export(
             module,
             tuple(args),
-            file,
+            cast(Any, file),  # a path, PyTorch's annotation says
             dynamo=False,
             input_names=list(inputs),
             output_names=list(outputs),
@@ -150,6 +148,7 @@ def export_torchscript(
 
 def export_gpt(model: GPT, **options: Any) -> "onnx.ModelProto":
     """logits (B, T, V) of idx (B, T), for any B and T up to block_size."""
+    _check_float32(model)
     idx = torch.zeros(2, 3, dtype=torch.long)
     model = copy.deepcopy(model).set_attention(masked_attention)
     return export(model, [idx], ["idx"], ["logits"], {"idx": {0: "B", 1: "T"}}, **options)
@@ -158,19 +157,30 @@ def export_gpt(model: GPT, **options: Any) -> "onnx.ModelProto":
 def export_cached(
     model: GPT, form: type[CachedGPT] = AppendingGPT, by_layer: bool = False, **options: Any
 ) -> "onnx.ModelProto":
-    """One step with a cache: idx (B, T), past -> logits, and `present` or `new` as `form` says, for any B, T and P."""
+    """One step with a cache, for any B, T and P: idx (B, T), past -> logits, and more.
+
+    As `form` a `CachedGPT` returns `present` as well, an `AppendingGPT` `new`.
+    """
+    _check_float32(model)
     module, config = form(model, by_layer), model.config
     args = [torch.zeros(2, 3, dtype=torch.long), *empty_past(config, 2, 5, by_layer)]
     past = cache_names(config, "past", by_layer)
     returned = cache_names(config, form.returns, by_layer)
-    dynamic = {"idx": {0: "B", 1: "T"}} | dict.fromkeys(
-        past, {0: "B", 2: "P"} if by_layer else {1: "B", 3: "P"}
-    )
+    sizes = {0: "B", 2: "P"} if by_layer else {1: "B", 3: "P"}
+    dynamic = {"idx": {0: "B", 1: "T"}} | dict.fromkeys(past, sizes)
     return export(module, args, ["idx", *past], ["logits", *returned], dynamic, **options)
 
 
+def _check_float32(model: GPT) -> None:
+    """Refuse what ONNX Runtime's operators, the caches here and NumPy do not have alike."""
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and (p.dtype, p.device.type) != (torch.float32, "cpu"):
+            remedy = "export model.float().cpu(), and store_half halves the file"
+            raise ValueError(f"{name} is {p.dtype} on {p.device.type}; {remedy}.")
+
+
 def _without_paths(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The model without the exporter's notes on the lines of code, which name folders of this machine."""
+    """The model without notes on lines of code, which name folders of this machine."""
     for node in model.graph.node:
         kept = [entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")]
         del node.metadata_props[:]
@@ -180,7 +190,7 @@ def _without_paths(model: "onnx.ModelProto") -> "onnx.ModelProto":
 
 @contextmanager
 def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module in training or evaluation mode, and afterwards each part in the mode it was in."""
+    """The module in training or evaluation mode; afterwards each part is in its own again."""
     before = [(part, part.training) for part in module.modules()]
     module.train(training)
     try:
@@ -190,23 +200,10 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
             part.training = mode
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' notes on deprecations and on packages that nobody asked for."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _needs(package: str) -> None:
     """A sentence on what to install, if it is not there."""
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise ImportError(
-            f"{package} is not installed, but this export needs it: pip install onnx onnxscript"
-        )
+        remedy = "pip install onnx onnxscript"
+        raise ImportError(f"{package} is not installed, but this export needs it: {remedy}")

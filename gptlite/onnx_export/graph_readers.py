@@ -1,4 +1,4 @@
-"""How a computation graph is read: what ONNX and torch.fx write down, brought into one form for `gptlite.graphs`."""
+"""How a computation graph is read: what ONNX and torch.fx write down, brought into one form."""
 
 import operator
 import re
@@ -6,55 +6,36 @@ from ast import literal_eval
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptlite.onnx_export.graph_operators import kind_of
+
 if TYPE_CHECKING:
     import onnx
 
-# Operators by what they do, as ONNX and as PyTorch name them: in lower case, letters and digits
-# only.
-OPERATORS = {
-    "matmul": "matmul gemm linear addmm mm bmm baddbmm einsum matmulinteger qlinearmatmul",
-    "normalise": "layernormalization nativelayernorm layernorm simplifiedlayernormalization rmsnormalization rmsnorm "
-    "softmax logsoftmax reducemean reducesum reducemax reducemin mean sum var amax amin any all cumsum argmax topk",
-    "elementwise": "add sub rsub mul div truediv floordiv mod pow sqrt rsqrt reciprocal neg abs exp log tanh sigmoid "
-    "sin cos erf gelu relu silu where not and or logicalnot logicaland logicalor bitwisenot bitwiseand bitwiseor equal "
-    "less greater lessorequal greaterorequal eq ne lt le gt ge isnan min max minimum maximum clip clamp floor ceil "
-    "round sign maskedfill trilu tril triu",
-    "shape": "reshape view unsafeview transpose permute t concat cat stack split splitwithsizes chunk slice select "
-    "squeeze unsqueeze expand tile repeat repeatinterleave flatten shape size symsize gather gathernd gatherelements "
-    "scatternd scatterelements indexselect index indexput embedding getitem copy contiguous clone alias identity "
-    "constantofshape scalartensor range arange ones zeros full oneslike zeroslike fulllike onehot pad",
-    "cast": "cast castlike to tocopy type float half bfloat16 int long bool quantizelinear dequantizelinear "
-    "dynamicquantizelinear quantizepertensor dequantizepertensor quantizeperchannel dequantizeperchannel",
-    "random": "dropout nativedropout randomuniform randomuniformlike randomnormal randomnormallike bernoulli "
-    "multinomial rand randn randlike randnlike",
-    "control": "if loop scan cond whileloop",
-    "fused": "attention multiheadattention groupqueryattention rotaryembedding scaleddotproductattention "
-    "matmulnbits fastgelu quickgelu biasgelu skiplayernormalization embedlayernormalization dynamicquantizematmul",
-}
-_KINDS = {name: kind for kind, names in OPERATORS.items() for name in names.split()}
-_MADE_UP = r"|unk__\d+|.+_dim_\d+"  # the names that shape inference and the older exporter give to unknown sizes
+# the names that shape inference and the older exporter give to unknown sizes
+_MADE_UP = r"|unk__\d+|.+_dim_\d+"
+Path = tuple[str, ...]  # of modules, as ("h.0", "attn")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operator: what it is, the path of modules it came from, as ("h.0", "attn"), and its values by name."""
+    """One operator: what it is, the path of modules it came from, and its values by name."""
 
     name: str
     op: str
     kind: str  # one of OPERATORS, or "other"
-    module: tuple[str, ...]
+    module: Path
     inputs: tuple[str, ...]  # constants among them
     outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Operators in the order in which they run, and the shapes of values, as "2×T×384", where they are known."""
+    """Operators in the order in which they run; shapes of values, as "2×T×384", if known."""
 
     nodes: tuple[Node, ...]
     inputs: tuple[str, ...]
@@ -64,32 +45,37 @@ class Graph:
 
 
 def read_onnx(model: "onnx.ModelProto") -> Graph:
-    """The graph of an ONNX model; an If's branches and a Loop's body are operators of their own, before it."""
-    import onnx
+    """The graph of an ONNX model.
 
-    known = {
-        info.name
-        for info in (*model.graph.value_info, *model.graph.output)
-        if _onnx_shape(info)
-    }
+    An If's branches and a Loop's body are operators of their own, before it.
+    """
+    import onnx
+    from google.protobuf.message import EncodeError
+
+    infos = (*model.graph.value_info, *model.graph.output)
+    known = {info.name for info in infos if _onnx_shape(info)}
     if any(value not in known for node in model.graph.node for value in node.output):
         # a shape is only a label: a model too large or too odd to infer any is read without
-        with suppress(onnx.shape_inference.InferenceError, ValueError):
+        with suppress(onnx.shape_inference.InferenceError, ValueError, EncodeError):
             model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    nodes, shapes, constants = [], {}, set()
+    nodes: list[tuple[Node, Path | None]] = []
+    shapes: dict[str, str] = {}
+    constants: set[str] = set()
 
     def walk(
-        graph: "onnx.GraphProto", outer: Mapping[str, str], prefix: str, path: tuple[str, ...]
+        graph: "onnx.GraphProto", outer: Mapping[str, str], prefix: str, path: Path
     ) -> list[str]:
-        """Collect what is in a graph, and give its outputs; inside a branch names have a prefix, as two may use one."""
+        """Collect what is in a graph, and give its outputs.
+
+        Inside a branch names have a prefix, as two branches may use one.
+        """
         own = [value.name for value in (*graph.initializer, *graph.input)]
         own += [value for node in graph.node for value in node.output]
         names = {**outer, **{name: prefix + name for name in own}}
 
         def named(values: Iterable[str]) -> list[str]:
-            return [
-                names.get(value, value) for value in values if value
-            ]  # "" stands for an optional one left out
+            # "" stands for an optional one left out
+            return [names.get(value, value) for value in values if value]
 
         constants.update(named(tensor.name for tensor in graph.initializer))
         shapes.update({names[tensor.name]: _shape(tensor.dims) for tensor in graph.initializer})
@@ -98,27 +84,18 @@ def read_onnx(model: "onnx.ModelProto") -> Graph:
                 shapes.setdefault(names.get(info.name, info.name), shape)
         for node in graph.node:
             inputs, outputs = named(node.input), named(node.output)
-            if node.op_type == "Constant" or (
-                node.op_type == "Identity" and constants.issuperset(inputs)
-            ):
+            copied = node.op_type == "Identity" and constants.issuperset(inputs)
+            if node.op_type == "Constant" or copied:
                 constants.update(outputs)
                 continue
             module = _onnx_module(node)
             for attribute in node.attribute:
                 if attribute.HasField("g"):
                     within = (*(module or path), f"{node.op_type}: {attribute.name}")
-                    inputs += walk(
-                        attribute.g,
-                        names,
-                        f"{prefix}{node.name or node.op_type}.{attribute.name}.",
-                        within,
-                    )
-            kind = _kind(node.op_type, node.domain)
-            nodes.append(
-                Node(
-                    node.name, node.op_type, kind, path or module, tuple(inputs), tuple(outputs)
-                )
-            )
+                    deeper = f"{prefix}{node.name or node.op_type}.{attribute.name}."
+                    inputs += walk(attribute.g, names, deeper, within)
+            kind, ends = kind_of(node.op_type, node.domain), (tuple(inputs), tuple(outputs))
+            nodes.append((Node(node.name, node.op_type, kind, (), *ends), path or module))
         return named(value.name for value in graph.output)
 
     outputs = walk(model.graph, {}, "", ())
@@ -129,8 +106,14 @@ def read_onnx(model: "onnx.ModelProto") -> Graph:
 def read_fx(
     graph: torch.fx.Graph, module: torch.nn.Module | None, lifted: Mapping[str, str]
 ) -> Graph:
-    """The graph of FX nodes that `module` runs; `lifted` names the weights among its placeholders."""
-    nodes, shapes, constants, inputs, outputs, names = [], {}, set(), [], [], {}
+    """The graph of FX nodes that `module` runs.
+
+    `lifted` names the weights among its placeholders.
+    """
+    nodes: list[tuple[Node, Path | None]] = []
+    shapes, names, constants = {}, {}, set()
+    inputs: list[str] = []
+    outputs: list[str] = []
     for node in graph.nodes:
         name = node.target if node.op == "get_attr" else lifted.get(node.name, node.name)
         names[node.name] = name
@@ -149,42 +132,35 @@ def read_fx(
         elif node.op == "output":
             outputs += reads
         elif not (_picks(node) or node.target == "_guards_fn"):
-            op = getattr(node.target, "__name__", str(node.target)).split(".")[
-                0
-            ]  # of aten.layer_norm.default, layer_norm
+            # of aten.layer_norm.default, layer_norm
+            op = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
             if node.op == "call_module":
-                layer = module.get_submodule(node.target)
-                weights = {
-                    key: _shape(weight.shape)
-                    for key, weight in layer.named_parameters(node.target)
-                }
+                layer = operator.attrgetter(node.target)(module)
+                named = layer.named_parameters(node.target)
+                weights = {key: _shape(weight.shape) for key, weight in named}
                 op, reads = type(layer).__name__, [*reads, *weights]
                 constants.update(weights)
                 shapes |= weights
             picked = [n.name for n in node.users if _picks(n)]
             path = _path([scope for scope, _ in node.meta.get("nn_module_stack", {}).values()])
-            nodes.append(Node(name, op, _kind(op), path, tuple(reads), tuple(picked or [name])))
-    return Graph(
-        _with_modules(nodes), tuple(inputs), tuple(outputs), shapes, frozenset(constants)
-    )
+            ends = tuple(reads), tuple(picked or [name])
+            nodes.append((Node(name, op, kind_of(op), (), *ends), path))
+    placed = _with_modules(nodes)
+    return Graph(placed, tuple(inputs), tuple(outputs), shapes, frozenset(constants))
 
 
 def _picks(node: torch.fx.Node) -> bool:
     """Whether a node only names one of several outputs of another."""
-    return node.target is operator.getitem and isinstance(
-        node.args[0].meta.get("val"), tuple | list
-    )
+    if node.target is not operator.getitem or not isinstance(node.args[0], torch.fx.Node):
+        return False
+    return isinstance(node.args[0].meta.get("val"), tuple | list)
 
 
-def _kind(op: str, domain: str = "") -> str:
-    return _KINDS.get(
-        re.sub("[^a-z0-9]", "", op.lower()),
-        "fused" if domain not in ("", "ai.onnx") else "other",
-    )
+def _onnx_module(node: "onnx.NodeProto") -> Path | None:
+    """Where a node came from; None if nowhere.
 
-
-def _onnx_module(node: "onnx.NodeProto") -> tuple[str, ...] | None:
-    """Where a node came from, which one exporter notes beside it, and the older one in its name; None if nowhere."""
+    One exporter notes it beside the node, the older one in its name.
+    """
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             return _path(literal_eval(entry.value)[:-1])  # the last is the operator's own
@@ -192,29 +168,26 @@ def _onnx_module(node: "onnx.NodeProto") -> tuple[str, ...] | None:
     return tuple(name.split("/")[1:-1]) if name.startswith("/") else None
 
 
-def _path(scopes: list[str]) -> tuple[str, ...] | None:
-    """Nested module names, each in full, as a path of what each adds: h.0, h.0.attn -> ("h.0", "attn")."""
+def _path(scopes: list[str]) -> Path | None:
+    """Nested names, each in full, as a path of what each adds: h.0, h.0.attn -> (h.0, attn)."""
     if any(scope.startswith("_empty_nn_module_stack") for scope in scopes):
         return None  # torch.export's own, as for the size of an input
     scopes = list(dict.fromkeys(["", *scopes]))
-    return tuple(
-        scope.removeprefix(f"{outer}.")
-        for outer, scope in zip(scopes, scopes[1:], strict=False)
-    )
+    return tuple(inner.removeprefix(f"{outer}.") for outer, inner in pairwise(scopes))
 
 
-def _with_modules(nodes: list[Node]) -> tuple[Node, ...]:
-    """The nodes, one that came from nowhere, as a quantizer's, put where all that reads it is."""
-    readers: dict[str, list[tuple[str, ...]]] = {}
+def _with_modules(nodes: list[tuple[Node, Path | None]]) -> tuple[Node, ...]:
+    """The nodes in their modules; one from nowhere, as a quantizer's, is where it is read."""
+    readers: dict[str, list[Path]] = {}
     placed = []
-    for node in reversed(nodes):
-        if node.module is None:
+    for node, module in reversed(nodes):
+        if module is None:
             paths = [path for value in node.outputs for path in readers.get(value, [])]
             levels = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-            node = replace(node, module=tuple(names[0] for names in levels))
+            module = tuple(names[0] for names in levels)
         for value in node.inputs:
-            readers.setdefault(value, []).append(node.module)
-        placed.append(node)
+            readers.setdefault(value, []).append(module)
+        placed.append(replace(node, module=module))
     return tuple(reversed(placed))
 
 

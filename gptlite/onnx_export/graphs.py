@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from gptlite.onnx_export.files import parse_onnx
 from gptlite.onnx_export.graph_readers import Graph, Node, read_fx, read_onnx
-from gptlite.onnx_export.runtime import parse_onnx
 
 
 def read(source: Any) -> Graph:
-    """The graph of an ONNX model, of a path to an .onnx file, or of what torch.export, torch.onnx or torch.fx made.
+    """The graph of an ONNX model or file, or of what torch.export, torch.onnx or torch.fx made.
 
     Weights in a file beside the model are not read. An If's branches and a Loop's body are read
     as operators of their own, before it. A FileNotFoundError, ValueError (not ONNX, or cut
@@ -49,10 +49,10 @@ def read(source: Any) -> Graph:
         source = onnx_ir.to_proto(source)
     source = getattr(source, "model_proto", source)
     if not isinstance(source, onnx.ModelProto):
-        raise TypeError(
-            f"{type(source).__name__} is no graph that can be read; give an ONNX model, the path of one, or a graph of "
-            "torch.fx, torch.export or torch.onnx."
+        kinds = (
+            "an ONNX model, the path of one, or a graph of torch.fx, torch.export or torch.onnx"
         )
+        raise TypeError(f"{type(source).__name__} is no graph that can be read; give {kinds}.")
     return read_onnx(source)
 
 
@@ -62,60 +62,51 @@ def count(source: Any) -> Counter[str]:
 
 
 def inside(source: Any, *module: str) -> Graph:
-    """The part of a graph that came from one module, by its path, as "h.0", "attn", with ends where it is cut out."""
+    """The part of a graph that came from one module, by its path, as "h.0", "attn"."""
     graph = read(source)
     nodes = tuple(node for node in graph.nodes if node.module[: len(module)] == module)
     if not nodes:
         paths = sorted({"/".join(node.module[: len(module)]) for node in graph.nodes} - {""})
-        raise ValueError(
-            f"no operator came from {'/'.join(module)}; the modules are {', '.join(paths) or 'none'}."
-        )
+        known = ", ".join(paths) or "none"
+        raise ValueError(f"no operator came from {'/'.join(module)}; the modules are {known}.")
     made = dict.fromkeys(value for node in nodes for value in node.outputs)
     read_here = dict.fromkeys(value for node in nodes for value in node.inputs)
-    read_after = {
-        value for node in graph.nodes if node not in nodes for value in node.inputs
-    } | set(graph.outputs)
-    inputs = tuple(
-        value for value in read_here if value not in made and value not in graph.constants
-    )
-    return replace(
-        graph,
-        nodes=nodes,
-        inputs=inputs,
-        outputs=tuple(value for value in made if value in read_after),
-    )
+    others = [node for node in graph.nodes if node not in nodes]
+    read_after = {value for node in others for value in node.inputs} | set(graph.outputs)
+    inputs = tuple(v for v in read_here if v not in made and v not in graph.constants)
+    outputs = tuple(value for value in made if value in read_after)
+    return replace(graph, nodes=nodes, inputs=inputs, outputs=outputs)
 
 
 def compare_graphs(a: Any, b: Any) -> list[tuple[str, str]]:
-    """What one graph has and the other has not, in order: ("-", "h.0/attn: Div") if a alone has it, "+" if b alone.
+    """What one graph has and the other has not, in order.
 
+    An operator is ("-", "h.0/attn: Div") if a alone has it, and "+" if b alone.
     The order is that of the data, whatever the order in which the same operators are listed.
     Where one of them knows no modules, as after ONNX Runtime's optimisation, operators are
     compared without.
     """
     before, after = _by_dataflow(read(a)), _by_dataflow(read(b))
     placed = all(any(node.module for node in nodes) for nodes in (before, after))
-    keys = [
+    keys_a, keys_b = (
         [(node.module if placed else (), node.op) for node in nodes]
         for nodes in (before, after)
-    ]
+    )
+    matcher = difflib.SequenceMatcher(None, keys_a, keys_b, autojunk=False)
     changes = []
-    for tag, i, j, k, m in difflib.SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+    for tag, i, j, k, m in matcher.get_opcodes():
         if tag != "equal":
-            changes += [("-", _line(node)) for node in before[i:j]] + [
-                ("+", _line(node)) for node in after[k:m]
-            ]
+            changes += [("-", _line(node)) for node in before[i:j]]
+            changes += [("+", _line(node)) for node in after[k:m]]
     return changes
 
 
 def diff_markdown(a: Any, b: Any) -> str:
-    """`compare_graphs` as a fenced block of Markdown, which pages colour; a sentence if nothing differs."""
+    """`compare_graphs` as Markdown that pages colour; a sentence if nothing differs."""
     lines = [f"{mark} {line}" for mark, line in compare_graphs(a, b)]
-    return (
-        "\n".join(["```diff", *lines, "```"])
-        if lines
-        else "The two graphs have the same operators."
-    )
+    if not lines:
+        return "The two graphs have the same operators."
+    return "\n".join(["```diff", *lines, "```"])
 
 
 def _line(node: Node) -> str:
@@ -123,19 +114,17 @@ def _line(node: Node) -> str:
 
 
 def _by_dataflow(graph: Graph) -> list[Node]:
-    """The nodes, each after those whose values it reads, found from the outputs back; then those that none needs."""
+    """The nodes, each after those whose values it reads; last those that no output needs."""
     makers = {value: node for node in graph.nodes for value in node.outputs}
-    ordered, opened = {}, set()
-    stack = [
-        *reversed(graph.nodes),
-        *(makers[value] for value in reversed(graph.outputs) if value in makers),
-    ]
+    ordered: dict[Node, None] = {}
+    opened: set[Node] = set()
+    ends = [makers[value] for value in reversed(graph.outputs) if value in makers]
+    stack = [*reversed(graph.nodes), *ends]
     while stack:
         node = stack.pop()
         if node in opened:
-            ordered[node] = (
-                None  # seen a second time: all before it are there; a third time changes nothing
-            )
+            # seen a second time: all before it are there; a third time changes nothing
+            ordered[node] = None
         else:
             opened.add(node)
             before = [makers[value] for value in reversed(node.inputs) if value in makers]

@@ -1,13 +1,14 @@
-"""The weights of an exported graph: in fewer bits, or left out of a file that is only looked at."""
+"""The weights of an exported graph: in fewer bits, or left out of a file to be looked at."""
 
-import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from gptlite.onnx_export.files import write_onnx
+from gptlite.onnx_export.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx
@@ -16,17 +17,18 @@ LARGE = 64  # numbers; smaller constants are shapes, scales and masks, and are l
 
 
 def quantize_dynamic(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """int8 weights, a scale for each matrix, by ONNX Runtime's quantizer; activations are quantized at each step.
+    """int8 weights with a scale for each matrix; activations are quantized at each step.
 
-    Embeddings, and products of two activations (attention's), stay as they are.
+    ONNX Runtime's quantizer makes them. Embeddings, and products of two activations
+    (attention's), stay as they are.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    options = {"op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8}
-    options["extra_options"] = {"MatMulConstBOnly": True}
-    return _through_files(
-        model, lambda source, target: quantize_dynamic(source, target, **options)
-    )
+    def quantize(source: Path, target: Path) -> None:
+        only = {"op_types_to_quantize": ["MatMul"], "extra_options": {"MatMulConstBOnly": True}}
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, **only)
+
+    return _through_files(model, quantize)
 
 
 def quantize_static(
@@ -53,11 +55,7 @@ def quantize_static(
             return next(self.samples, None)
 
     constants = {tensor.name for tensor in model.graph.initializer}
-    linears = [
-        node.name
-        for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in constants
-    ]
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
     # 1.23, the last release for Python 3.10, knows opset 23 but not its QuantizeLinear; its own
     # stands in
     own = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
@@ -68,7 +66,7 @@ def quantize_static(
             b,
             Reader(),
             quant_format=QuantFormat.QDQ,
-            nodes_to_quantize=linears,
+            nodes_to_quantize=[n.name for n in products if n.input[1] in constants],
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             extra_options={"UseQDQContribOps": own},
@@ -78,12 +76,12 @@ def quantize_static(
 
 
 def quantize_int4(model: "onnx.ModelProto", group: int = 32) -> "onnx.ModelProto":
-    """4-bit weights with a scale for each `group` of inputs: ONNX Runtime's own operator MatMulNBits."""
+    """4-bit weights, a scale for each `group` of inputs, in ONNX Runtime's MatMulNBits."""
     import onnx
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    with _quiet():
+    with quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
         # accuracy level 4: activations in int8, where the processor multiplies integers
@@ -95,10 +93,10 @@ def quantize_int4(model: "onnx.ModelProto", group: int = 32) -> "onnx.ModelProto
 
 
 def store_half(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The same model, its float32 weights stored in float16, with a Cast behind each that is done once, at loading.
+    """The same model, its float32 weights stored in float16, each with a Cast behind it.
 
-    Only weights that float16 holds exactly are stored so, as all of a checkpoint kept in
-    float16 are.
+    The Cast is done once, at loading. Only weights that float16 holds exactly are stored so, as
+    all of a checkpoint kept in float16 are.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -127,7 +125,7 @@ def store_half(model: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def without_weights(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The graph alone, to be looked at: large weights keep their name, type and shape, and lose their values."""
+    """The graph alone, to be looked at: large weights keep name, type and shape alone."""
     import onnx
 
     result = onnx.ModelProto()
@@ -151,27 +149,13 @@ def weight_bytes(model: "onnx.ModelProto") -> int:
 def _through_files(
     model: "onnx.ModelProto", convert: Callable[[Path, Path], None]
 ) -> "onnx.ModelProto":
-    """What `convert(source, target)` makes of a model; ONNX Runtime's quantizers read and write files."""
+    """What `convert(source, target)` makes of a model: ONNX Runtime's quantizers want files."""
     import onnx
 
     # a value that is zero in all samples has a range of zero, which the quantizer divides by,
     # and sets right afterwards
-    with tempfile.TemporaryDirectory() as folder, _quiet(), np.errstate(all="ignore"):
+    with tempfile.TemporaryDirectory() as folder, quiet(), np.errstate(all="ignore"):
         source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
-        onnx.save(model, source)
+        write_onnx(model, source)
         convert(source, target)
         return onnx.load(target)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the quantizers' advice, and afterwards with the root logger as it was, which they configure on import."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        root.handlers[:] = handlers
-        root.setLevel(level)

@@ -1,4 +1,4 @@
-"""The ONNX files that the site serves: graphs to walk through, the teacher to run, and what predicts its speed.
+"""The ONNX files of the site: graphs to walk through, the teacher, and what predicts its speed.
 
 python scripts/site/onnx_files.py FOLDER      writes FOLDER/graphs and FOLDER/models; `make
 book` does so by itself
@@ -33,7 +33,8 @@ from gptlite.onnx_export.cache import (
     empty_past,
     two_part_attention,
 )
-from gptlite.onnx_export.runtime import check_onnx, optimized
+from gptlite.onnx_export.files import save_onnx
+from gptlite.onnx_export.sessions import optimized
 
 PROMPT, CHARACTERS = "ROMEO:\n", 100
 GROUP = 32  # weights to a scale in 4 bits
@@ -41,7 +42,7 @@ GROUP = 32  # weights to a scale in 4 bits
 
 @cache
 def exported_teacher() -> tuple[Checkpoint, onnx.ModelProto]:
-    """The trained teacher, and one step of it with its cache, an input for each layer: exported once for all files."""
+    """The trained teacher, and one step of it with its cache by layer: exported once."""
     checkpoint = load_pretrained("teacher")
     return checkpoint, exporters.export_cached(checkpoint.model, AppendingGPT, by_layer=True)
 
@@ -64,13 +65,12 @@ def write_graphs(folder: Path) -> None:
         "gpt_int8": optimized(weights.quantize_dynamic(step)),
     }
     for name, graph in graphs.items():
-        write_atomically(
-            folder / f"{name}.onnx", weights.without_weights(graph).SerializeToString()
-        )
+        content = weights.without_weights(graph).SerializeToString()
+        write_atomically(folder / f"{name}.onnx", content)
 
 
 def write_models(folder: Path) -> None:
-    """The teacher in three precisions, files that calibrate a reader's machine, and models.json about all of them."""
+    """The teacher in three precisions, what calibrates a machine, and models.json on all."""
     checkpoint, exported = exported_teacher()
     model, config = checkpoint.model, checkpoint.model.config
     precisions = {
@@ -80,9 +80,8 @@ def write_models(folder: Path) -> None:
     }
     about = {}
     for name, graph in precisions.items():
-        check_onnx(graph)
-        content = weights.store_half(graph).SerializeToString()
-        write_atomically(folder / f"{name}.onnx", content)
+        save_onnx(weights.store_half(graph), folder / f"{name}.onnx")
+        content = (folder / f"{name}.onnx").read_bytes()
         about[name] = {
             "file": f"{name}.onnx",
             "bytes": len(content),
@@ -94,10 +93,10 @@ def write_models(folder: Path) -> None:
         write_atomically(folder / f"calibrate-{name}.onnx", graph.SerializeToString())
     idx = checkpoint.tokenizer.encode(PROMPT)[None]
     text = generate(model, idx, CHARACTERS, KVCache(config), temperature=0)[0, idx.shape[1] :]
-    shape = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    shape = {name: getattr(config, name) for name in names}
     description = {
-        "config": {name: getattr(config, name) for name in shape}
-        | {"n_kv_head": config.kv_heads, "head_dim": config.head_dim},
+        "config": shape | {"n_kv_head": config.kv_heads, "head_dim": config.head_dim},
         "vocabulary": "".join(checkpoint.tokenizer.characters),
         "models": about,
         "calibration": {name: f"calibrate-{name}.onnx" for name in parts},
@@ -109,108 +108,83 @@ def write_models(folder: Path) -> None:
 # A product (R, K) x (K, N), its weight made of one number when the file is loaded: a few
 # kilobytes of file read as many bytes a step as the model. The numbers differ by layer, or the
 # runtime would make equal weights one, and keep what passes through them near its size.
-Product = Callable[
-    [str, str, int, int, int], tuple[list[onnx.NodeProto], list[onnx.TensorProto]]
-]
+Part = tuple[list[onnx.NodeProto], list[onnx.TensorProto]]
+Product = Callable[[str, str, int, int, int], Part]
+MICROSOFT = "com.microsoft"  # the domain of the runtime's own operators
 
 
 def _expand(
     name: str, value: np.ndarray, shape: list[int]
 ) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
+    one, size = f"{name}.one", f"{name}.shape"
     constants = [
-        numpy_helper.from_array(value, f"{name}.one"),
-        numpy_helper.from_array(np.array(shape), f"{name}.shape"),
+        numpy_helper.from_array(value, one),
+        numpy_helper.from_array(np.array(shape), size),
     ]
-    return helper.make_node("Expand", [f"{name}.one", f"{name}.shape"], [name]), constants
+    return helper.make_node("Expand", [one, size], [name]), constants
 
 
-def fp32_product(
-    x: str, y: str, K: int, N: int, i: int
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+def fp32_product(x: str, y: str, K: int, N: int, i: int) -> Part:
     """MatMul with a float32 weight."""
     weight, constants = _expand(f"{y}.w", np.array((1 + i / 100) / K, np.float32), [K, N])
     return [weight, helper.make_node("MatMul", [x, f"{y}.w"], [y])], constants
 
 
-def int8_product(
-    x: str, y: str, K: int, N: int, i: int
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+def int8_product(x: str, y: str, K: int, N: int, i: int) -> Part:
     """What the runtime makes of a dynamically quantized product: one operator."""
     weight, constants = _expand(f"{y}.w", np.array(64 + i, np.int8), [K, N])
     constants.append(numpy_helper.from_array(np.array(1 / (64 * K), np.float32), f"{y}.scale"))
-    product = helper.make_node(
-        "DynamicQuantizeMatMul", [x, f"{y}.w", f"{y}.scale"], [y], domain="com.microsoft"
-    )
+    ends = [x, f"{y}.w", f"{y}.scale"], [y]
+    product = helper.make_node("DynamicQuantizeMatMul", *ends, domain=MICROSOFT)
     return [weight, product], constants
 
 
-def int4_product(
-    x: str, y: str, K: int, N: int, i: int
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """MatMulNBits: two weights a byte, i and 6 - i, each stored with 8 added; a scale a group. For 8 layers at most."""
-    weight, constants = _expand(
-        f"{y}.w", np.array(16 * (8 + i) + 14 - i, np.uint8), [N, K // GROUP, GROUP // 2]
-    )
-    scale, more = _expand(
-        f"{y}.s", np.array((1 + i / 100) / (3 * K), np.float32), [N * K // GROUP]
-    )
-    product = helper.make_node(
-        "MatMulNBits",
-        [x, f"{y}.w", f"{y}.s"],
-        [y],
-        domain="com.microsoft",
-        K=K,
-        N=N,
-        bits=4,
-        block_size=GROUP,
-        accuracy_level=4,
-    )
+def int4_product(x: str, y: str, K: int, N: int, i: int) -> Part:
+    """MatMulNBits with a scale a group, for 8 layers at most.
+
+    Two weights make a byte, i and 6 - i, each stored with 8 added.
+    """
+    codes = np.array(16 * (8 + i) + 14 - i, np.uint8)
+    weight, constants = _expand(f"{y}.w", codes, [N, K // GROUP, GROUP // 2])
+    one = np.array((1 + i / 100) / (3 * K), np.float32)
+    scale, more = _expand(f"{y}.s", one, [N * K // GROUP])
+    ends = [x, f"{y}.w", f"{y}.s"], [y]
+    shape = {"K": K, "N": N, "bits": 4, "block_size": GROUP, "accuracy_level": 4}
+    product = helper.make_node("MatMulNBits", *ends, domain=MICROSOFT, **shape)
     return [weight, scale, product], constants + more
 
 
-PRODUCTS: dict[str, Product] = {
-    "fp32": fp32_product,
-    "int8": int8_product,
-    "int4": int4_product,
-}
+PRODUCTS = {"fp32": fp32_product, "int8": int8_product, "int4": int4_product}
 
 
 def products_only(config: GPTConfig, product: Product) -> onnx.ModelProto:
-    """y (1, T, C) = all products of the blocks with weights, and nothing else, of x (1, T, C)."""
+    """y (1, T, C) = all products of the blocks with weights, and no more, of x (1, T, C)."""
     C, A, hidden = config.n_embd, config.n_head * config.head_dim, config.hidden
-    nodes, constants, x = [], [], "x"
-    ends = [
-        numpy_helper.from_array(np.array([n]), name)
-        for name, n in (("from", 0), ("to", A), ("axis", 2))
-    ]
+    qkv = A + 2 * config.kv_heads * config.head_dim
+    nodes, x = [], "x"
+    cut = {"from": 0, "to": A, "axis": 2}
+    constants = [numpy_helper.from_array(np.array([n]), name) for name, n in cut.items()]
     for i in range(config.n_layer):
-        chain = (
-            ("qkv", C, A + 2 * config.kv_heads * config.head_dim),
+        for name, K, N in (
+            ("qkv", C, qkv),
             ("out", A, C),
             ("up", C, hidden),
             ("down", hidden, C),
-        )
-        for name, K, N in chain:
+        ):
             if name == "out":  # the projection back reads as many channels as the queries have
-                nodes.append(
-                    helper.make_node("Slice", [x, "from", "to", "axis"], [f"{x}.heads"])
-                )
+                nodes.append(helper.make_node("Slice", [x, *cut], [f"{x}.heads"]))
                 x = f"{x}.heads"
             more, given = product(x, f"{name}.{i}", K, N, i)
             nodes, constants, x = nodes + more, constants + given, f"{name}.{i}"
     nodes.append(helper.make_node("Identity", [x], ["y"]))
-    ends_of_graph = (
-        helper.make_tensor_value_info(end, TensorProto.FLOAT, [1, "T", C]) for end in "xy"
-    )
-    graph = helper.make_graph(
-        nodes, "products", *([end] for end in ends_of_graph), [*constants, *ends]
-    )
-    opsets = [helper.make_opsetid("", exporters.OPSET), helper.make_opsetid("com.microsoft", 1)]
+    ends = [helper.make_tensor_value_info(e, TensorProto.FLOAT, [1, "T", C]) for e in "xy"]
+    graph = helper.make_graph(nodes, "products", ends[:1], ends[1:], constants)
+    opsets = [helper.make_opsetid("", exporters.OPSET), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 class Repeat(nn.Module):
-    """In place of the product that makes queries, keys and values of x: x itself, as each of them."""
+    """In place of the product that makes queries, keys and values of x: x, as each of them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -222,14 +196,15 @@ class Repeat(nn.Module):
 
 
 class AttentionOnly(nn.Module):
-    """y, new = attention(x (B, T, H * D), past): what each layer does with the cache, and no product with weights."""
+    """y, new = attention(x (B, T, H * D), past): all that a layer does with its cache.
+
+    There is no product with weights.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_layer, self.attention = (
-            config.n_layer,
-            CausalSelfAttention(config, two_part_attention),
-        )
+        self.n_layer = config.n_layer
+        self.attention = CausalSelfAttention(config, two_part_attention)
         self.attention.c_attn, self.attention.c_proj = Repeat(config), nn.Identity()
 
     def forward(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
@@ -240,7 +215,7 @@ class AttentionOnly(nn.Module):
 
 
 class BetweenOnly(nn.Module):
-    """What the blocks do beside products and attention, to x (B, T, C) and to an MLP's hidden (B, T, n_hidden)."""
+    """The blocks beside products and attention, on x (B, T, C) and hidden (B, T, n_hidden)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -256,15 +231,12 @@ class BetweenOnly(nn.Module):
 
 def attention_only(config: GPTConfig) -> onnx.ModelProto:
     """`AttentionOnly` as a graph, its inputs and outputs named as the model's."""
-    x, past = (
-        torch.zeros(2, 3, config.n_head * config.head_dim),
-        empty_past(config, 2, 5, by_layer=True),
-    )
+    x = torch.zeros(2, 3, config.n_head * config.head_dim)
+    past = empty_past(config, 2, 5, by_layer=True)
     given, new = (cache_names(config, word, by_layer=True) for word in ("past", "new"))
     dynamic = {"x": {0: "B", 1: "T"}} | {name: {0: "B", 2: "P"} for name in given}
-    return _bare(
-        exporters.export(AttentionOnly(config), [x, *past], ["x", *given], ["y", *new], dynamic)
-    )
+    args, names = [x, *past], (["x", *given], ["y", *new])
+    return _bare(exporters.export(AttentionOnly(config), args, *names, dynamic))
 
 
 def between_only(config: GPTConfig) -> onnx.ModelProto:
@@ -278,14 +250,9 @@ def between_only(config: GPTConfig) -> onnx.ModelProto:
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model without the exporter's notes on its origin, which are most of a file without weights."""
-    for part in (
-        model,
-        model.graph,
-        *model.graph.node,
-        *model.graph.input,
-        *model.graph.output,
-    ):
+    """The model without the exporter's notes on its origin: most of a file without weights."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output):
         del part.metadata_props[:]
     del model.graph.value_info[:]
     return model
