@@ -1,7 +1,8 @@
-"""Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/): momentum made orthogonal, for matrices.
+"""Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/): orthogonal momentum.
 
-`torch.optim.Muon` is the same update. This one works from torch 2.6 on, and in the number format that the machine
-multiplies fastest: PyTorch's always orthogonalises in bfloat16, which a CPU without such instructions emulates.
+`torch.optim.Muon` is the same update. This one works from torch 2.6 on, and in the number
+format that the machine multiplies fastest: PyTorch's always orthogonalises in bfloat16, which a
+CPU without such instructions emulates.
 """
 
 from collections.abc import Iterable
@@ -11,10 +12,10 @@ from torch import Tensor
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T where G = U S V^T, for G (..., m, n): five steps bring singular values into [0.68, 1.21].
+    """About U V^T where G = U S V^T (..., m, n): singular values are brought to [0.68, 1.21].
 
-    Newton-Schulz: X <- (a + b X X^T + c (X X^T)^2) X, from X = G / ||G||. A singular value below about 0.0015 of the
-    norm needs more steps; one of zero stays zero.
+    Newton-Schulz: X <- (a + b X X^T + c (X X^T)^2) X, from X = G / ||G||. A singular value
+    below about 0.0015 of the norm needs more steps; one of zero stays zero.
     """
     a, b, c = (
         3.4445,
@@ -25,15 +26,16 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     X = G.mT if tall else G  # (..., m, n) with m <= n, so that X X^T is the smaller square
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        # X X^T anew from X each time: carried from step to step it would be cheaper, but its rounding errors make
-        # eigenvalues negative, and those grow without bound (in bfloat16 at once, for a matrix of low rank)
+        # X X^T anew from X each time: carried from step to step it would be cheaper, but its
+        # rounding errors make eigenvalues negative, and those grow without bound (in bfloat16
+        # at once, for a matrix of low rank)
         gram = X @ X.mT  # (..., m, m)
         X = a * X + (b * gram + c * gram @ gram) @ X
     return X.mT if tall else X
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, with decoupled weight decay; for two-dimensional parameters only."""
+    """Nesterov momentum, orthogonalised, with decoupled weight decay; for matrices alone."""
 
     def __init__(
         self,
@@ -43,26 +45,24 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(
-            params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype},
-        )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"dtype": dtype})
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.ndim != 2:
-                raise ValueError(
-                    f"Muon takes matrices, but a parameter has the shape {tuple(p.shape)}."
-                )
+                shape = f"a parameter has the shape {tuple(p.shape)}"
+                raise ValueError(f"Muon takes matrices, but {shape}.")
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Update every parameter that has a gradient; matrices of one shape are orthogonalised together."""
+    def step(self, closure=None):
+        """Update every parameter that has a gradient, matrices of one shape together."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for params in by_shape.values():
-                updates = torch.stack([self._momentum(p, group["momentum"]) for p in params])
+                momenta = [self._momentum(p, group["momentum"]) for p in params]
+                updates = torch.stack(momenta)
                 updates = orthogonalize(updates.to(group["dtype"])).to(params[0].dtype)
                 rows, columns = params[0].shape
                 for p, update in zip(params, updates, strict=True):
@@ -70,6 +70,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _momentum(self, p: Tensor, beta: float) -> Tensor:
+        assert p.grad is not None  # as in `step`
         buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
         buffer.lerp_(p.grad, 1 - beta)
         return p.grad.lerp(buffer, beta)  # Nesterov: look one step ahead

@@ -1,4 +1,4 @@
-"""The swapped parts compute what the parts they replace compute; and a compiled step is compiled once."""
+"""The swapped parts compute what those they replace compute; a step is compiled once."""
 
 import copy
 import re
@@ -43,7 +43,7 @@ def prompt(B, T, seed=0):
 )  # fmt: skip
 @torch.no_grad()
 def test_a_swapped_linear_is_the_linear_to_rounding(kind, K, N, has_bias, rows, dtype):
-    """Against the product in float64: within the rounding of the result and of a float32 sum of K terms."""
+    """Against float64: within the rounding of the result and of a float32 sum of K terms."""
     dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     linear = nn.Linear(K, N, bias=has_bias).to(dtype)
@@ -199,7 +199,7 @@ def test_attention_as_reductions_is_attention(B, H_kv, Tq, Tk, data):
 )  # fmt: skip
 @torch.no_grad()
 def test_attention_of_one_query_is_attention(B, H_kv, Tk, D, dtype, masked, data):
-    """Against attention in float64: within the rounding of the result, and of sums in float32."""
+    """Against attention in float64: within the rounding of the result and of float32 sums."""
     dtype = getattr(torch, dtype)
     q, k, v = random(B, 4, 1, D), random(B, H_kv, Tk, D, seed=1), random(B, H_kv, Tk, D, seed=2)
     q, k, v = (t.to(dtype) for t in (q, k, v))
@@ -250,20 +250,38 @@ def test_more_queries_and_float16_take_the_attention_that_pytorch_has():
 
 
 @pytest.mark.parametrize(
-    ("q", "k", "v", "mask", "error", "message"),
+    ("q", "k", "v", "mask", "message"),
     [
-        ((4, 1, 8), (1, 4, 5, 8), (1, 4, 5, 8), None, ValueError, "are [4, 1, 8], but must be (B, H, 1, D)."),
-        ((1, 4, 1, 8), (1, 4, 5, 8), (1, 4, 6, 8), None, ValueError, "must both be (1, H_kv, T, 8) for these queries."),
-        ((1, 4, 1, 8), (2, 4, 5, 8), (2, 4, 5, 8), None, ValueError, "must both be (1, H_kv, T, 8) for these queries."),
-        ((1, 4, 1, 8), (1, 3, 5, 8), (1, 3, 5, 8), None, ValueError, "the 3 heads of keys do not divide the 4 of"),
-        ((1, 4, 1, 8), (1, 0, 5, 8), (1, 0, 5, 8), None, ValueError, "the 0 heads of keys do not divide the 4 of"),
-        ((1, 4, 1, 8), (1, 4, 5, 8), (1, 4, 5, 8), (1, 4), ValueError, "the mask must be 5 booleans."),
+        (
+            (4, 1, 8),
+            (1, 4, 5, 8),
+            (1, 4, 5, 8),
+            None,
+            "are [4, 1, 8], but must be (B, H, 1, D).",
+        ),
+        ((1, 4, 1, 8), (1, 4, 5, 8), (1, 4, 6, 8), None, "must both be (1, H_kv, T, 8) for"),
+        ((1, 4, 1, 8), (2, 4, 5, 8), (2, 4, 5, 8), None, "must both be (1, H_kv, T, 8) for"),
+        (
+            (1, 4, 1, 8),
+            (1, 3, 5, 8),
+            (1, 3, 5, 8),
+            None,
+            "the 3 heads of keys do not divide the 4",
+        ),
+        (
+            (1, 4, 1, 8),
+            (1, 0, 5, 8),
+            (1, 0, 5, 8),
+            None,
+            "the 0 heads of keys do not divide the 4",
+        ),
+        ((1, 4, 1, 8), (1, 4, 5, 8), (1, 4, 5, 8), (1, 4), "the mask must be 5 booleans."),
     ],
-)  # fmt: skip
-def test_attention_of_one_query_refuses_shapes_that_do_not_fit(q, k, v, mask, error, message):
+)
+def test_attention_of_one_query_refuses_shapes_that_do_not_fit(q, k, v, mask, message):
     load_kernels()
     q, k, v = (torch.ones(shape) for shape in (q, k, v))
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         torch.ops.gptlite.single_query_attention(
             q, k, v, None if mask is None else torch.ones(mask) > 0
         )
@@ -311,7 +329,7 @@ def read_on(step, model, cache, tokens=10):
 
 
 class Graphs:
-    """A backend for `torch.compile` that keeps the graphs that it was given, and runs them as they are."""
+    """A backend for `torch.compile` that keeps the graphs it is given, to run as they are."""
 
     def __init__(self):
         self.graphs = []
@@ -322,7 +340,7 @@ class Graphs:
 
 
 def compiled(backend, **options):
-    """`decode_one_token`, compiled afresh: what is compiled is kept with the code of a function.
+    """`decode_one_token`, compiled afresh: what is compiled is kept with a function's code.
 
     A break in the graph is allowed, so that it shows as one graph more.
     """
@@ -368,7 +386,7 @@ def test_a_compiled_step_on_a_full_cache_fails_and_does_not_count_the_token(make
 
 @torch.no_grad()
 def test_a_step_with_a_growing_cache_is_compiled_for_each_token(make_model):
-    """The bug that the static cache ends; compiled for shapes that may change, it is compiled twice."""
+    """The bug that the static cache ends; for shapes that may change, it is compiled twice."""
     model = make_model()
     for options, times in (({"dynamic": False}, 6), ({}, 2)):
         graphs = Graphs()

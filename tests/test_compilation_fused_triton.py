@@ -1,4 +1,4 @@
-"""The fused kernels compute what their eager twins compute, on a GPU or in Triton's interpreter (see conftest.py)."""
+"""The fused kernels compute what their eager twins do, on a GPU or interpreted."""
 
 import importlib
 import re
@@ -33,7 +33,7 @@ LAYOUTS = st.sampled_from(["contiguous", "transposed", "every second"])
 
 
 def random(*shape, seed=0, dtype=torch.float32, layout="contiguous", scale=1.0, offset=0.0):
-    """Normal numbers in a layout: contiguous, stored the other way round, or every second column of a wider tensor."""
+    """Normal numbers: contiguous, stored the other way round, or every second column."""
     stored = {
         "contiguous": shape,
         "transposed": shape[::-1],
@@ -49,7 +49,7 @@ def random(*shape, seed=0, dtype=torch.float32, layout="contiguous", scale=1.0, 
 
 
 def inputs(leading, C, **options):
-    """x, residual, weight and bias; the scale and the offset are those of x and the residual."""
+    """x, residual, weight and bias; scale and offset are those of x and the residual."""
     shape = (*leading, C)
     x, residual = random(*shape, seed=1, **options), random(*shape, seed=2, **options)
     options = {k: v for k, v in options.items() if k not in ("scale", "offset")}
@@ -57,12 +57,12 @@ def inputs(leading, C, **options):
 
 
 def step(dtype):
-    """The distance from 1 to the next number: rounding errs by half of it, cutting as the interpreter does by all."""
+    """The distance from 1 to the next number: as much as the interpreter's cutting errs."""
     return torch.finfo(dtype).eps
 
 
 def layer_norm_is_right(added, normed, weight, bias, eps=1e-5):
-    """Against float64, from the stored sum: within the rounding of the result and that of a mean in float32."""
+    """Against float64, from the stored sum: within the rounding of result and mean."""
     added, weight, bias = added.double(), weight.double(), bias.double()
     exact = F.layer_norm(added, weight.shape, weight, bias, eps)
     deviation = (added.var(-1, correction=0, keepdim=True) + eps).sqrt()
@@ -75,7 +75,7 @@ def layer_norm_is_right(added, normed, weight, bias, eps=1e-5):
 
 @pytest.mark.parametrize(("rows", "C"), [(3, 33), (1, 1), (2, 700)])
 def test_nothing_is_written_beside_the_results(monkeypatch, rows, C):
-    """Each result lies in a larger tensor, whose other numbers stay. First: elsewhere such an error may end Python."""
+    """Each result lies in a larger tensor, whose other numbers stay; else Python may end."""
     x, residual, weight, bias = inputs((rows,), C)
     around = 2048  # more than a program handles
     stores = []
@@ -118,7 +118,7 @@ def test_the_fused_gelu_is_its_twin(leading, C, dtype, layout):
     st.sampled_from([0.0, 1e-3, 1.0, 100.0]), st.sampled_from([0.0, 10.0, -1e4]),
 )  # fmt: skip
 def test_layer_norm_keeps_its_precision_far_from_zero(leading, C, dtype, scale, offset):
-    """Where the mean of the squares less the square of the mean would keep no digit of the variance."""
+    """Where the squares' mean less the mean's square would keep no digit of the variance."""
     x, residual, weight, bias = inputs(leading, C, dtype=dtype, scale=scale, offset=offset)
     added, normed = add_layer_norm(x, residual, weight, bias)
     exact = x.double() + residual.double()
@@ -271,5 +271,6 @@ def test_on_a_cpu_the_interpreter_has_to_be_asked_for_in_time():
     done = subprocess.run(
         [sys.executable, "-c", ON_A_CPU], cwd=root, capture_output=True, text=True
     )
-    sentence = "on a CPU, set TRITON_INTERPRET=1 before anything imports Triton, as torch.compile does."
+    remedy = "set TRITON_INTERPRET=1 before anything imports Triton, as torch.compile does"
+    sentence = f"on a CPU, {remedy}."
     assert done.stdout.splitlines() == [sentence] * 2, done.stderr

@@ -1,4 +1,4 @@
-"""Attention in tiles is attention: the naive twin's values and gradients, for every cut; and its bytes are counted."""
+"""Attention in tiles is attention, with its gradients, for every cut; bytes are counted."""
 
 import copy
 import math
@@ -93,7 +93,7 @@ def test_the_bytes_are_those_of_the_formula(shape, block_q, block_k, dtype):
 
 
 def test_the_formula_for_a_square_of_whole_blocks():
-    """n blocks of b queries read 1 + ... + n blocks of b keys: T (T + b) / (2 b) keys, each with its value."""
+    """n blocks of b queries read 1 + ... + n blocks of b keys: T (T + b) / (2 b)."""
     T, b, D = 256, 32, 64
     found = forward_traffic(1, 1, 1, T, T, D, 4, b, b)
     assert found.read == 4 * D * (T + T * (T + b) // b)

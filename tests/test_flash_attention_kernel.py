@@ -1,4 +1,4 @@
-"""The kernel computes what the tiles in PyTorch compute, on a GPU or in Triton's interpreter (see conftest.py)."""
+"""The kernel computes what the tiles do, on a GPU or in Triton's interpreter (see conftest)."""
 
 import pytest
 import torch

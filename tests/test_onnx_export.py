@@ -1,11 +1,14 @@
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_graphs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_graphs import FORMS
 
 from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
@@ -21,7 +24,6 @@ from gptlite.onnx_export.exporters import (
     TwoHeadBlock,
     export,
     export_cached,
-    export_gpt,
     export_torchscript,
 )
 
@@ -35,8 +37,7 @@ from gptlite.onnx_export.runtime import OnnxCache, OnnxGPT  # noqa: E402
 from gptlite.onnx_export.sessions import open_session  # noqa: E402
 
 BLOCK = (["x"], ["y"], {"x": {0: "B", 1: "T"}})
-FORMS = [(form, by_layer) for form in (CachedGPT, AppendingGPT) for by_layer in (False, True)]
-EACH_FORM = pytest.mark.parametrize(("form", "by_layer"), FORMS)
+EACH_FORM = pytest.mark.parametrize(("form", "by_layer"), FORMS.values(), ids=FORMS)
 
 
 def count(model, op: str) -> int:
@@ -59,20 +60,25 @@ def x() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def tiny(make_model) -> GPT:
-    return make_model(n_kv_head=2)
+def tiny() -> GPT:
+    return tiny_graphs.model()
 
 
 @pytest.fixture(scope="module")
-def sessions(tiny):
+def sessions():
     """The tiny GPT's graphs in ONNX Runtime, by what they return."""
-    graphs = {"logits": export_gpt(tiny)} | {
-        (form, by_layer): export_cached(tiny, form, by_layer) for form, by_layer in FORMS
-    }
+    names = {form: name for name, form in FORMS.items()} | {"logits": "logits"}
+    graphs = {key: tiny_graphs.exported(name) for key, name in names.items()}
     for graph in graphs.values():
         check_onnx(graph)
         assert opset(graph) == 23
-    return {name: open_session(graph, threads=1) for name, graph in graphs.items()}
+    return {key: open_session(graph, threads=1) for key, graph in graphs.items()}
+
+
+@pytest.fixture(scope="module")
+def exported(block, x):
+    """A function that exports the block, the same way only once."""
+    return cache(lambda **options: export(block, [x], *BLOCK, **options))
 
 
 def run_block(model, x: torch.Tensor) -> torch.Tensor:
@@ -89,13 +95,13 @@ def test_the_block_is_attention_with_a_residual(block, x):
     torch.testing.assert_close(block(x), expected)
 
 
-def test_every_way_of_capturing_computes_the_same(block, x):
+def test_every_way_of_capturing_computes_the_same(block, x, exported):
     graphs = {
         "plain": export_torchscript(block, [x], *BLOCK),
         "trace": export_torchscript(torch.jit.trace(block, x), [x], *BLOCK),
         "script": export_torchscript(torch.jit.script(block), [x], *BLOCK),
-        "dynamo": export(block, [x], *BLOCK),
-        "raw": export(block, [x], *BLOCK, optimize=False),
+        "dynamo": exported(),
+        "raw": exported(optimize=False),
         "compiled": export(torch.compile(block), [x], *BLOCK),
     }
     longer = torch.randn(3, 11, 16)
@@ -122,11 +128,11 @@ def test_only_training_keeps_dropout_and_the_mode_is_put_back(block, x):
     part.eval()
 
 
-def test_a_training_graph_drops_anew_at_each_run(block, x):
-    session = open_session(export(block, [x], *BLOCK, training=True), threads=1, optimize=False)
+def test_a_training_graph_drops_anew_at_each_run(exported, x):
+    session = open_session(exported(training=True), threads=1, optimize=False)
     first, second = (session.run(None, {"x": x.numpy()})[0] for _ in range(2))
     assert not np.array_equal(first, second)
-    session = open_session(export(block, [x], *BLOCK), threads=1)
+    session = open_session(exported(), threads=1)
     first, second = (session.run(None, {"x": x.numpy()})[0] for _ in range(2))
     assert np.array_equal(first, second)
 
@@ -164,8 +170,8 @@ def test_an_opset_that_is_too_old_is_refused(block, x):
 
 
 @pytest.mark.parametrize("number", [18, 20, 23])
-def test_the_opset_is_the_one_asked_for(block, x, number):
-    graph = export(block, [x], *BLOCK, opset=number)
+def test_the_opset_is_the_one_asked_for(block, x, exported, number):
+    graph = exported(opset=number)
     check_onnx(graph)
     assert opset(graph) == number
     torch.testing.assert_close(run_block(graph, x), block(x).detach(), atol=1e-5, rtol=0)
@@ -296,11 +302,9 @@ def test_the_trained_teacher_writes_the_same_text(form, by_layer):
         assert (logits[:, -1] - model(expected[:, :-1])[:, -1]).abs().max() < 1e-4
 
 
-def test_no_folder_of_this_machine_is_in_the_file(block, x):
-    assert (
-        str(Path(__file__).parent.parent).encode()
-        not in export(block, [x], *BLOCK).SerializeToString()
-    )
+def test_no_folder_of_this_machine_is_in_the_file(exported):
+    folder = str(Path(__file__).parent.parent).encode()
+    assert folder not in exported().SerializeToString()
 
 
 def test_the_scale_is_of_one_head(tiny):

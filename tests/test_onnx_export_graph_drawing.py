@@ -18,7 +18,7 @@ from test_onnx_export_graphs import CONFIG, perceptron
 from gptlite.model import Block, naive_attention
 from gptlite.onnx_export import graph_drawing
 from gptlite.onnx_export.graph_drawing import KINDS, draw_graph
-from gptlite.onnx_export.graph_readers import OPERATORS
+from gptlite.onnx_export.graph_operators import OPERATORS
 from gptlite.onnx_export.graphs import Graph, Node, count, read
 from gptlite.pictures import DRAWING
 

@@ -1,4 +1,4 @@
-"""Graphs are read, counted and compared as they are, whoever made them; of a broken file a sentence says so."""
+"""Graphs are read, counted and compared as they are, whoever made them, or refused."""
 
 import logging
 import warnings
@@ -88,7 +88,7 @@ def branching():
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> dict[str, object]:
-    """One block in evaluation mode, by each exporter; the paths of two ONNX files and three graphs of FX."""
+    """One block in evaluation mode, by each exporter: two files and three graphs of FX."""
     folder, x = tmp_path_factory.mktemp("graphs"), torch.randn(2, 8, 32)
     block = Block(CONFIG, naive_attention).eval()
     paths, T = (
@@ -184,7 +184,8 @@ def test_the_operators_of_a_block_are_the_same_in_both_exports(exports):
 def test_operators_know_the_modules_they_came_from(exports, name):
     graph = read(exports[name])
     assert {node.module for node in graph.nodes} >= {
-        (), ("ln_1",), ("ln_2",), ("attn",), ("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")
+        (), ("ln_1",), ("ln_2",), ("attn",), ("attn", "c_attn"), ("attn", "c_proj"),
+        ("mlp", "c_fc"), ("mlp", "c_proj"),
     }  # fmt: skip
     assert {node.module for node in graph.nodes if node.op.lower() == "softmax"} == {("attn",)}
     assert {node.module for node in graph.nodes if node.op.lower().startswith("split")} == {
@@ -210,9 +211,8 @@ def test_an_exported_program_has_its_weights_as_constants(exports):
     assert (graph.inputs, graph.outputs) == (("x",), ("add_1",))
     assert graph.constants == set(dict(Block(CONFIG, naive_attention).named_parameters()))
     assert count(graph)["linear"] == 4 and count(graph)["layer_norm"] == 2
-    assert (
-        graph.shapes["attn.c_attn.weight"] == "96×32" and graph.shapes["softmax"] == "2×2×8×8"
-    )
+    assert graph.shapes["attn.c_attn.weight"] == "96×32"
+    assert graph.shapes["softmax"] == "2×2×8×8"
     assert count(exports["exported"].module()) == count(graph)
 
 
@@ -252,9 +252,11 @@ def test_inside_a_module_only_its_operators_are_left(exports):
 @pytest.mark.parametrize(
     ("op", "domain", "kind"),
     [
-        ("Gemm", "", "matmul"), ("Softmax", "", "normalise"), ("Gelu", "", "elementwise"), ("Concat", "", "shape"),
+        ("Gemm", "", "matmul"), ("Softmax", "", "normalise"), ("Gelu", "", "elementwise"),
+        ("Concat", "", "shape"),
         ("DequantizeLinear", "", "cast"), ("Dropout", "", "random"), ("Loop", "", "control"),
-        ("Attention", "", "fused"), ("FusedMatMul", "com.microsoft", "fused"), ("NewThing", "com.microsoft", "fused"),
+        ("Attention", "", "fused"), ("FusedMatMul", "com.microsoft", "fused"),
+        ("NewThing", "com.microsoft", "fused"),
         ("QuantizeLinear", "com.microsoft", "cast"), ("NonMaxSuppression", "", "other"),
     ],
 )  # fmt: skip

@@ -2,12 +2,13 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import tiny_graphs
 import torch
+from tiny_graphs import CONFIG, FORMS
 
 from gptlite.generate import generate
 from gptlite.kv_cache import KVCache
-from gptlite.model import GPT, GPTConfig
-from gptlite.onnx_export.cache import AppendingGPT, CachedGPT
+from gptlite.model import GPT
 from gptlite.onnx_export.runtime import BoundCache, BoundGPT, OnnxCache, OnnxGPT
 from gptlite.onnx_export.sessions import open_session, optimized
 
@@ -18,20 +19,15 @@ pytest.importorskip("onnxscript")
 
 from gptlite.onnx_export.exporters import export_cached, export_gpt  # noqa: E402
 
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=11)
+
+@pytest.fixture(scope="module")
+def tiny() -> GPT:
+    return tiny_graphs.model()
 
 
 @pytest.fixture(scope="module")
-def tiny(make_model) -> GPT:
-    return make_model(**asdict(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def graphs(tiny):
-    graphs = {form.returns: export_cached(tiny, form) for form in (CachedGPT, AppendingGPT)}
-    graphs["present, by layer"] = export_cached(tiny, CachedGPT, by_layer=True)
-    graphs["new, by layer"] = export_cached(tiny, by_layer=True)
-    return graphs | {"without a cache": export_gpt(tiny)}
+def graphs():
+    return {name: tiny_graphs.exported(name) for name in (*FORMS, "without a cache")}
 
 
 def test_the_optimiser_fuses_nodes_and_changes_nothing(graphs):
@@ -67,11 +63,11 @@ def test_the_cache_can_be_rewound(tiny, graphs, form):
 def test_a_bound_cache_gives_the_same_text(tiny, graphs):
     idx = torch.tensor([[1, 2, 3]])
     expected = generate(
-        tiny, idx, 20, KVCache(CONFIG), temperature=0
+        tiny, idx, 30, KVCache(CONFIG), temperature=0
     )  # past the window, where it is rewound
     bound = BoundGPT(open_session(graphs["present"], threads=1), CONFIG)
     cache = BoundCache(CONFIG)
-    assert torch.equal(generate(bound, idx, 20, cache, temperature=0), expected)
+    assert torch.equal(generate(bound, idx, 30, cache, temperature=0), expected)
     assert cache.length == CONFIG.block_size
     with pytest.raises(
         ValueError, match=r"^a bound cache can be rewound to 0 alone, not to 3\.$"
@@ -113,17 +109,17 @@ def test_a_bound_text_that_is_too_long_is_refused(graphs):
         BoundGPT(open_session(graphs["present"], threads=1), CONFIG),
         BoundCache(CONFIG),
     )
-    model(torch.zeros(1, 10, dtype=torch.long), cache)
-    with pytest.raises(ValueError, match=r"^17 tokens are more than the model's block_size"):
+    model(torch.zeros(1, 18, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match=r"^25 tokens are more than the model's block_size"):
         model(torch.zeros(1, 7, dtype=torch.long), cache)
-    assert cache.length == 10
+    assert cache.length == 18
 
 
 def test_too_long_a_text_is_refused(graphs):
     model, cache = OnnxGPT(open_session(graphs["new"], threads=1), CONFIG), OnnxCache(CONFIG)
-    model(torch.zeros(1, 10, dtype=torch.long), cache)
+    model(torch.zeros(1, 18, dtype=torch.long), cache)
     with pytest.raises(
-        ValueError, match=r"^17 tokens are more than the model's block_size of 16\.$"
+        ValueError, match=r"^25 tokens are more than the model's block_size of 24\.$"
     ):
         model(torch.zeros(1, 7, dtype=torch.long), cache)
 

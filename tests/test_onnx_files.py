@@ -118,6 +118,6 @@ def test_the_parts_leave_out_the_embedding_and_the_head_alone(models):
 
 
 def operators(path: Path) -> Counter:
-    """How often the optimised graph of a file has each operator; a GELU is one with its bias or without."""
+    """The operators of a file's optimised graph; a GELU is one with its bias or without."""
     graph = optimized(load_onnx(path)).graph
     return Counter(node.op_type.replace("FastGelu", "Gelu") for node in graph.node)
