@@ -336,5 +336,5 @@ def test_a_head_that_is_another_matrix_is_tied_again_or_refused():
 
 def test_a_model_with_swapped_parts_is_not_cut():
     model = prune_weights(new_model(), lambda w: magnitude_mask(w, 0.5))
-    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn\.weight is of a MaskedLinear"):
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn is a gptlite\S+MaskedLinear"):
         shrink(model)

@@ -16,15 +16,12 @@ from gptlite.corpus import CharTokenizer, sample_batch
 from gptlite.generate import generate, stream_text
 from gptlite.kv_cache import KVCache
 from gptlite.model import GPT, GPTConfig
+from gptlite.quantization.files import load_quantized, save_quantized
 from gptlite.quantization.fits import awq, gptq, relative_error
 from gptlite.quantization.grids import INT4, INT8, Grid, round_to_nearest
-from gptlite.quantization.linear import QuantizedEmbedding, QuantizedLinear
-from gptlite.quantization.model import (
-    input_gram,
-    load_quantized,
-    quantize_model,
-    save_quantized,
-)
+from gptlite.quantization.linear import Int4Linear, QuantizedEmbedding, QuantizedLinear
+from gptlite.quantization.model import input_gram, quantize_model
+from gptlite.quantization.training import qlora
 from gptlite.train import evaluate
 
 LETTERS, INFO = CharTokenizer(), {"name": "tiny", "val_loss": 1.25}
@@ -33,7 +30,7 @@ GRIDS = [INT8, INT4, Grid(3, 32), Grid(4, 64, symmetric=False)]
 
 @pytest.fixture(scope="module")
 def make(make_model):
-    """A function that makes a tiny model whose every row fills blocks of 64, with a vocabulary of the plays' size."""
+    """A function that makes a tiny model of the plays' vocabulary; rows fill blocks of 64."""
     return lambda **config: make_model(
         **{"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 65} | config
     )
@@ -115,7 +112,7 @@ def test_a_copy_that_is_quantized_leaves_the_original_alone(make):
         assert not torch.equal(twin(idx), logits)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert torch.equal(model(idx), logits) and model.lm_head.weight is model.wte.weight
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
 @torch.no_grad()
@@ -134,10 +131,60 @@ def test_quantizing_twice_is_refused(make):
     before = model.state_dict()
     with pytest.raises(
         ValueError,
-        match=r"^the model is quantized already; begin with a copy of the original\.$",
+        match=r"^h\.0\.attn\.c_attn is a QuantizedLinear already, but must be a Linear; begin",
     ):
         quantize_model(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError, RuntimeError])
+@pytest.mark.parametrize("calls", [1, 4, 9])
+def test_what_fails_half_way_leaves_the_model_as_it_was(make, stop, calls):
+    model, idx, seen = make(), prompt(2, 20), []
+    modules, before = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+
+    def interrupted(weight, grid, gram):
+        seen.append(weight)
+        if len(seen) == calls:
+            raise stop("in the middle")
+        return round_to_nearest(weight, grid)
+
+    with pytest.raises(stop):
+        quantize_model(model, INT4, interrupted, idx)
+    assert dict(model.named_modules()) == modules and model.lm_head.weight is model.wte.weight
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    twin = make()
+    assert quantize_model(model, INT8) == quantize_model(twin, INT8)  # nothing twice
+    assert torch.equal(model(idx), twin(idx))
+
+
+def test_rows_that_only_the_fourth_linear_cannot_cut(make):
+    """Its rows are of 20 neurons; the first three have rows of 64."""
+    model, idx = make(n_hidden=20), prompt(2, 20)
+    wanted = model(idx)
+    with pytest.raises(ValueError, match="rows of 20 weights cannot be cut into groups of 64"):
+        quantize_model(model, INT4)
+    assert len(linears(model)) == 9 and torch.equal(model(idx), wanted)
+
+
+def test_a_model_with_adapters_or_of_other_linears_is_refused(make):
+    for swapped in (qlora(make()), make().swap_linears(Int4Linear)):
+        with pytest.raises(
+            ValueError, match=r"h\.0\.attn\.c_attn is a \w+ already, but must be"
+        ):
+            quantize_model(swapped)
+
+
+def test_a_head_that_is_another_matrix_is_tied_again_or_refused(make):
+    model, idx = make(), prompt(2, 20)
+    wanted = quantized(model)(idx)
+    model.lm_head.weight = nn.Parameter(model.wte.weight.detach().clone())
+    assert torch.equal(quantized(model)(idx), wanted)
+    model.lm_head.weight = nn.Parameter(model.wte.weight.detach() + 1)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix than wte\.weight"):
+        quantize_model(model)
+    assert len(linears(model)) == 9
 
 
 def test_rows_that_groups_do_not_divide_are_refused(make):
@@ -212,12 +259,12 @@ def test_without_calibration_there_is_no_gram_matrix(make):
 @torch.no_grad()
 def test_a_gram_matrix_is_the_mean_of_the_rows_products():
     linear, x = nn.Linear(8, 3), torch.randn(2, 5, 8)
-    gram = input_gram(linear, lambda: linear(x))
+    gram = input_gram(linear, linear, x)
     torch.testing.assert_close(gram, torch.einsum("btj,btk->jk", x, x) / 10)
-    assert input_gram(linear.bfloat16(), lambda: linear(x.bfloat16())).dtype == torch.float32
+    assert input_gram(linear.bfloat16(), linear, x.bfloat16()).dtype == torch.float32
     with pytest.raises(ZeroDivisionError):
-        input_gram(linear, lambda: 1 / 0)
-    assert not linear._forward_pre_hooks
+        input_gram(linear, lambda x: 1 / 0, x)
+    assert not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 @torch.no_grad()
@@ -294,6 +341,17 @@ def test_a_quantized_model_in_float16_says_nearly_the_same(make):
     assert (found.float() - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("grid", [INT8, INT4, Grid(4, 32, symmetric=False)])
+@torch.no_grad()
+def test_a_quantized_model_answers_in_a_run_in_bfloat16(make, grid):
+    """As a teacher whose weights stay in float32 while autocast chooses for each product."""
+    model, idx = quantized(make(), grid), prompt(2, 20)
+    exact = model(idx)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(idx)
+    assert (found.float() - exact).norm() < 0.1 * exact.norm()
+
+
 def test_a_gradient_reaches_what_is_not_quantized(make):
     model = quantized(make())
     model(prompt(2, 9)).square().mean().backward()
@@ -310,8 +368,8 @@ def save(path, model):
 
 
 @given(
-    st.sampled_from(GRIDS), st.sampled_from([round_to_nearest, awq]), st.sampled_from([torch.float32, torch.bfloat16]),
-    st.sampled_from([1, 2]),
+    st.sampled_from(GRIDS), st.sampled_from([round_to_nearest, awq]),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1, 2]),
 )  # fmt: skip
 @torch.no_grad()
 def test_a_model_comes_back_bit_for_bit(make, tmp_path_factory, grid, fit, dtype, n_kv_head):
@@ -393,17 +451,17 @@ def test_a_file_without_the_rest_is_refused(whole, tmp_path, name):
         tmp_path / "m", {n: t for n, t in whole.tensors.items() if n != name}, whole.info
     )
     shape = tuple(whole.tensors[name].shape)
-    assert (
-        message
-        == f"{tmp_path / 'm'} is of another architecture: {name} is None, but the model's is {shape}."
-    )
+    says = f"is of another architecture: {name} is None, but the model's is {shape}."
+    assert message == f"{tmp_path / 'm'} {says}"
 
 
 def test_a_file_with_a_tensor_more_is_refused(whole, tmp_path):
     message = refused(
         tmp_path / "m", whole.tensors | {"wte.weight": torch.zeros(2)}, whole.info
     )
-    assert "wte.weight is (2,), but the model's is None" in message
+    assert "wte.weight is (2,), but the model's is (65, 64)" in message
+    message = refused(tmp_path / "m", whole.tensors | {"probe": torch.zeros(2)}, whole.info)
+    assert "probe is (2,), but the model's is None" in message
 
 
 @pytest.mark.parametrize(
@@ -482,7 +540,7 @@ def test_a_file_that_is_cut_off_is_refused(whole, tmp_path, share):
 
 
 def test_a_model_that_is_not_quantized_is_not_saved(make, tmp_path):
-    message = "the model is not quantized; call quantize_model first, or write it with checkpoints.save."
+    message = "the model is not quantized: h.0.attn.c_attn is a Linear, not a QuantizedLinear"
     with pytest.raises(ValueError, match=re.escape(message)):
         save(tmp_path / "m", make())
     assert not (tmp_path / "m").exists()
@@ -495,3 +553,40 @@ def test_a_model_fitted_as_it_is_initialised_comes_back(tmp_path):
     assert torch.equal(
         load_quantized(save(tmp_path / "m", model)).model(prompt(1, 32)), model(prompt(1, 32))
     )
+
+
+@torch.no_grad()
+def test_a_model_whose_embedding_is_not_the_heads_comes_back(make, tmp_path):
+    """As swap_linears leaves it: the head in codes, the embedding in numbers."""
+    model, idx = make().swap_linears(Int4Linear), prompt(2, 20)
+    back = load_quantized(save(tmp_path / "m", model)).model
+    assert type(back.wte) is nn.Embedding and torch.equal(back.wte.weight, model.wte.weight)
+    assert torch.equal(back(idx), model(idx))
+
+
+def test_what_would_not_come_back_is_not_saved(make, tmp_path):
+    def part(model):
+        return model.swap_linears(Int4Linear, where=lambda name, _: "mlp" in name)
+
+    def short(model):
+        model.h = model.h[:1]
+        return model
+
+    def probed(model):
+        model.register_buffer("probe", torch.zeros(3))
+        return model
+
+    def mixed(model):
+        model.ln_f.bfloat16()
+        return model
+
+    for broken, says in (
+        (part(make()), r"not quantized: h\.0\.attn\.c_attn is a Linear"),
+        (short(quantized(make())), r"not quantized: h\.1\.attn\.c_attn is a NoneType"),
+        (torch.compile(quantized(make())), "not quantized: .* is a NoneType"),
+        (probed(quantized(make())), r"probe is torch\.Size\(\[3\]\), but must be None"),
+        (mixed(quantized(make())), r"in torch\.bfloat16 and torch\.float32; bring them to one"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            save(tmp_path / "m", broken)
+        assert not (tmp_path / "m").exists()

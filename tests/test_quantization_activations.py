@@ -1,4 +1,4 @@
-"""Inputs in eight bits: within their bounds with a scale for each token, clipped with one fixed, smoothed or not."""
+"""Inputs in eight bits: with a scale for each token, or one that is fixed; smoothed or not."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptlite.distillation.label_files import fingerprint
 from gptlite.quantization.activations import RoundedInputLinear, input_peaks
 from gptlite.quantization.fits import smooth
 from gptlite.quantization.grids import INT8, round_to_nearest
@@ -26,7 +27,7 @@ def prompt(B, T, seed=0):
 
 
 def off_by(layer, linear, x):
-    """The error of each output, relative to half a step of the input on every channel times the rounded weight."""
+    """Each output's error in half steps of the input on every channel, times the weight."""
     weight = round_to_nearest(linear.weight, INT8).dequantize()
     exact = F.linear(x, weight, linear.bias)
     half = x.abs().amax(-1, keepdim=True) / 254
@@ -134,6 +135,43 @@ def test_smoothing_without_peaks_and_with_other_powers_is_refused():
         RoundedInputLinear(make(), torch.ones(32), power=2)
 
 
+PEAKS = [(None, None), (2 * torch.ones(32), None), (torch.arange(32) + 1.0, 0.5)]
+
+
+@pytest.mark.parametrize(("peaks", "power"), PEAKS)
+def test_all_that_it_computes_with_is_loaded_and_makes_the_fingerprint(peaks, power):
+    one = RoundedInputLinear(make(), peaks, power)
+    other = None if peaks is None else 3 * peaks.flip(0)
+    two = RoundedInputLinear(nn.Linear(32, 8).requires_grad_(False), other, power)
+    assert fingerprint(one) != fingerprint(two)
+    two.load_state_dict(one.state_dict())
+    x = random(5, 32)
+    assert fingerprint(one) == fingerprint(two) and torch.equal(one(x), two(x))
+
+
+@pytest.mark.parametrize(("peaks", "power"), PEAKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_follows_the_model_to_another_format(peaks, power, dtype):
+    x = random(5, 32)
+    expected = RoundedInputLinear(make(), peaks, power)(x)
+    after = RoundedInputLinear(make(), peaks, power).to(dtype)(x.to(dtype))
+    before = RoundedInputLinear(make().to(dtype), peaks, power)(x.to(dtype))
+    for y in (after, before):
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected, atol=0.1, rtol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = RoundedInputLinear(make(), peaks, power)(x)
+    torch.testing.assert_close(y.float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(("peaks", "power"), PEAKS)
+def test_it_is_made_where_its_weight_is(peaks, power):
+    linear, x = make(), random(5, 32)
+    expected = RoundedInputLinear(linear, peaks, power)(x)
+    with torch.device("meta"):  # where all would land that is not said to be elsewhere
+        assert torch.equal(RoundedInputLinear(linear, peaks, power)(x), expected)
+
+
 @torch.no_grad()
 def test_peaks_are_those_of_each_linear_while_the_model_reads(make_model):
     model, idx = make_model(), prompt(3, 20)
@@ -157,7 +195,7 @@ def test_peaks_leave_no_hook_behind(make_model):
     input_peaks(model, prompt(1, 4))
     with pytest.raises(ValueError, match="more than the model's block_size"):
         input_peaks(model, prompt(1, 25))
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize(("static", "power"), [(False, None), (True, None), (True, 0.5)])

@@ -1,4 +1,4 @@
-"""GPTQ takes each step that is best, AWQ is no worse than rounding, and SmoothQuant changes no product."""
+"""GPTQ takes each best step, AWQ is no worse than rounding, SmoothQuant changes no product."""
 
 import itertools
 import re
@@ -102,7 +102,7 @@ def test_gptq_lies_between_the_best_of_all_codes_and_rounding(symmetric):
 
 @given(GRIDS, st.integers(1, 4), st.integers(0, 99))
 def test_each_code_is_the_nearest_to_what_is_best_given_those_before(grid, N, seed):
-    """With codes of columns C found, the best weights of the rest F are w_F + inv(H_FF) H_FC (w_C - q_C)."""
+    """With codes of columns C found, the rest F is best at w_F + inv(H_FF) H_FC (w_C - q_C)."""
     K = 8
     weight, gram = random(N, K, seed=seed), gram_of(inputs(50, K, seed))
     found = gptq(weight, grid, gram, damp=1e-9)
@@ -140,7 +140,7 @@ def test_each_code_is_the_nearest_to_what_is_best_given_those_before(grid, N, se
 
 
 def test_what_is_best_given_some_is_least():
-    """That the closed form of the test above is the least of all: by steps in every direction."""
+    """That the closed form of the test above is the least: by steps in every direction."""
     H, w, q = (
         gram_of(inputs(50, 6)).double(),
         random(1, 6).double(),
@@ -214,6 +214,33 @@ def test_damping_takes_inputs_of_too_few_rows_and_dead_channels():
     assert torch.equal(
         gptq(weight, INT4, torch.zeros(64, 64)).codes, round_to_nearest(weight, INT4).codes
     )
+
+
+def test_damping_is_a_share_of_the_mean_of_the_diagonal():
+    """On whole numbers the first weight, 33/64, goes up by e = 31/64.
+
+    Its input has 2 in common with the second's, of size 9, which so goes down by 2 e / (9 + d).
+    Half of the diagonal's mean is d = 2.5: 0.0842. (Half of the largest would be 4.5: 0.0718.)
+    """
+    gram = torch.tensor([[1.0, 2.0], [2.0, 9.0]])
+    for second, code in ((3.578, 3), (3.590, 4)):  # 3.578 - 0.0842 < 3.5 < 3.590 - 0.0842
+        weight = torch.tensor([[0.5 + 1 / 64, second, 7.0]])
+        whole = torch.zeros(3, 3)
+        whole[:2, :2], whole[2, 2] = gram, 5.0  # the third keeps the scale at one
+        found = gptq(weight, Grid(4, None), whole, damp=0.5)
+        assert found.scale.item() == 1 and found.codes.tolist() == [[1, code, 7]]
+
+
+def test_fits_compute_where_the_gram_matrix_is():
+    weight, gram = random(4, 64), gram_of(inputs(100, 64))
+    expected = gptq(weight, INT4, gram).codes
+    with torch.device("meta"):  # where all would land that is not said to be elsewhere
+        assert torch.equal(gptq(weight, INT4, gram).codes, expected)
+
+
+def test_no_tries_are_refused():
+    with pytest.raises(ValueError, match=r"tries is 0, but must be at least 1\."):
+        awq(random(2, 64), INT4, torch.eye(64), tries=0)
 
 
 def test_more_damping_is_nearer_to_rounding():

@@ -1,4 +1,4 @@
-"""Every weight lies within half a scale of what it was, and what no grid can hold is refused."""
+"""Every weight lies within half a scale of what it was; what no grid can hold is refused."""
 
 import re
 from dataclasses import replace
@@ -28,9 +28,10 @@ def random(*shape, seed=0):
 
 
 def slack(weight: torch.Tensor, q: Quantized, grid: Grid) -> torch.Tensor:
-    """What a weight (N, K) may be off by: half a scale, and with a middle the rounding of scale and middle, too.
+    """What a weight (N, K) may be off by: half a scale; with a middle, their roundings, too.
 
-    A symmetric grid's scale is off by 1/512 at most, and so its highest point by less than half a scale.
+    A symmetric grid's scale is off by 1/512 at most, and so its highest point by less than half
+    a scale.
     """
     scale = q.scale.double()
     off = scale / 2 * (1 + 1e-4)

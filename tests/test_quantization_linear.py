@@ -1,4 +1,4 @@
-"""The kernel computes what rounded rows times dequantized weights are, and all else is dequantized."""
+"""The kernel computes rounded rows times dequantized weights; all else is dequantized."""
 
 import copy
 import re
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gptlite.kernels import load as cpp
 from gptlite.quantization import linear as quantized_linear
+from gptlite.quantization.files import linear_of_parts
 from gptlite.quantization.grids import INT4, INT8, Grid, Quantized, from_codes, round_to_nearest
 from gptlite.quantization.linear import (
     Int4Linear,
@@ -48,9 +49,10 @@ def make(K=64, N=33, grid=INT4, bias=True, dtype=torch.float32, **parts):
 
 
 def rounded(x):
-    """Rows (..., K) in eight bits, in blocks of 64, with halves rounded away from zero; and what may round either way.
+    """Rows (..., K) in eight bits, in blocks of 64, with halves rounded away from zero.
 
-    Last bits of a product decide about a number within 1e-4 of a half, as 63.5 is where one is twice another.
+    And what may round either way: last bits of a product decide about a number within 1e-4 of a
+    half, as 63.5 is where one is twice another.
     """
     blocks = x.float().unflatten(-1, (-1, 64))
     most = blocks.abs().amax(-1, keepdim=True)
@@ -63,7 +65,7 @@ def rounded(x):
 
 
 def assert_is_twin(y, x, q, bias):
-    """Whether y (..., N) is the product of rounded rows x (..., K) with the weight of codes, in float64."""
+    """Whether y (..., N) is the product, in float64, of rounded rows x (..., K) with codes."""
     (x, unsure), weight = rounded(x), from_codes(q.codes, q.scale, q.middle).double()
     exact = F.linear(x, weight, None if bias is None else bias.double())
     sizes = F.linear(x.abs(), weight.abs(), None if bias is None else bias.double().abs())
@@ -105,7 +107,7 @@ def test_rows_are_unpacked_in_any_order_and_shape(bits, N, shape):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_each_byte_lies_where_it_is_documented(bits):
-    """128 bytes hold four codes of each of 32 rows, and with four bits the next four in the bytes' upper halves."""
+    """128 bytes hold four codes of each of 32 rows, the next four in the upper halves."""
     codes = random_codes(33, 16, bits)
     packed, zero = pack(codes, bits), 2 ** (bits - 1)
     assert packed.shape == (2, 16 * bits // 32, 128)
@@ -119,7 +121,8 @@ def test_each_byte_lies_where_it_is_documented(bits):
 
 
 def test_a_tiny_example_by_hand():
-    assert pack(torch.tensor([[-8, -7, 0, 7, 1, 2, 3, 4]], dtype=torch.int8), 4)[0, 0, :5].tolist() == [
+    codes = torch.tensor([[-8, -7, 0, 7, 1, 2, 3, 4]], dtype=torch.int8)
+    assert pack(codes, 4)[0, 0, :5].tolist() == [
         0x90, 0xA1, 0xB8, 0xCF, 0x88,
     ]  # fmt: skip
     assert pack(torch.tensor([[-128, -1, 0, 127]], dtype=torch.int8), 8)[0, 0, :5].tolist() == [
@@ -135,7 +138,7 @@ def test_rows_that_do_not_fill_vectors_are_refused():
     for bits, K, vector in ((4, 12, 8), (8, 6, 4)):
         with pytest.raises(
             ValueError,
-            match=f"{K} codes of {bits} bits a row do not fill whole vectors of {vector}",
+            match=f"{K} codes of {bits} bits a row do not fill vectors of {vector}",
         ):
             pack(torch.zeros(4, K, dtype=torch.int8), bits)
 
@@ -151,8 +154,9 @@ def test_bits_in_which_nothing_is_packed_are_refused(bits):
 
 @settings(max_examples=60)
 @given(
-    st.sampled_from(KERNEL_GRIDS), st.sampled_from([64, 128, 192, 384]), st.sampled_from([1, 31, 32, 33, 65, 100]),
-    st.integers(1, 9), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99),
+    st.sampled_from(KERNEL_GRIDS), st.sampled_from([64, 128, 192, 384]),
+    st.sampled_from([1, 31, 32, 33, 65, 100]), st.integers(1, 9), st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99),
 )  # fmt: skip
 @torch.no_grad()
 def test_the_kernel_is_rounded_rows_times_dequantized_weights(
@@ -168,7 +172,7 @@ def test_the_kernel_is_rounded_rows_times_dequantized_weights(
 
 
 @torch.no_grad()
-def test_rounding_the_rows_changes_the_product_a_little_and_not_at_all_where_they_are_whole_numbers():
+def test_rounding_the_rows_changes_the_product_a_little_and_never_for_whole_numbers():
     layer, _ = make(128, 64, INT8)
     x = random(8, 128)
     exact = F.linear(x, layer.weight, layer.bias)
@@ -370,7 +374,10 @@ ROWS = ((1, 64), torch.float32)
          "the scales are [1, 2, 32], but must be (1, groups, 32)"),
         (ROWS, CODES, ((1, 0, 32), torch.bfloat16), None, 32, ValueError,
          "the scales are [1, 0, 32], but must be (1, groups, 32)"),
-        (ROWS, CODES, SCALE, ((31,), torch.float32), 32, ValueError, "the bias has 31 numbers, but must have 32."),
+        (
+            ROWS, CODES, SCALE, ((31,), torch.float32), 32,
+            ValueError, "the bias has 31 numbers, but must have 32.",
+        ),
         (ROWS, ((1, 16, 128), torch.int8), SCALE, None, 32, TypeError,
          "codes and scales are Char and BFloat16, but must be Byte and BFloat16."),
         (ROWS, CODES, ((1, 1, 32), torch.float32), None, 32, TypeError,
@@ -477,6 +484,19 @@ def test_a_kernel_that_cannot_be_built_is_a_warning(monkeypatch):
         match=re.escape("Codes will be dequantized at each product: install a C++ compiler."),
     ):
         assert load_kernel.__wrapped__() is False
+
+
+@pytest.mark.parametrize("grid", [INT8, INT4, Grid(4, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_in_a_run_in_bfloat16_rows_of_either_format_are_taken(grid, dtype):
+    """A layer's bias stays in float32 while autocast hands it rows of both formats."""
+    layer, q = make(64, 33, grid)
+    x = random(3, 64, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    expected = F.linear(x.float(), q.dequantize(), layer.bias)
+    torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0.05)
 
 
 # the module
@@ -586,7 +606,7 @@ def test_its_tensors_are_the_codes_and_the_bias_of_the_linear():
     assert layer.bias is linear.bias
     assert set(layer.state_dict()) == {"codes", "scale", "bias"}
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
-    twin = QuantizedLinear.from_parts(linear, layer.codes, layer.scale, None, None)
+    twin = linear_of_parts(linear, layer.codes, layer.scale, None, None)
     with torch.no_grad():
         assert torch.equal(twin(random(3, 64)), layer(random(3, 64)))
         assert torch.equal(copy.deepcopy(layer)(random(3, 64)), layer(random(3, 64)))
@@ -595,21 +615,34 @@ def test_its_tensors_are_the_codes_and_the_bias_of_the_linear():
 @pytest.mark.parametrize(
     ("codes", "scale"),
     [
-        ((2, 7, 128), (2, 1, 32)), ((1, 8, 128), (2, 1, 32)), ((2, 8, 64), (2, 1, 32)), ((2, 8, 128), (1, 1, 32)),
+        ((2, 7, 128), (2, 1, 32)), ((1, 8, 128), (2, 1, 32)),
+        ((2, 8, 64), (2, 1, 32)), ((2, 8, 128), (1, 1, 32)),
         ((2, 8, 128), (2, 1, 31)), ((2, 24, 128), (2, 1, 32)), ((2, 0, 128), (2, 1, 32)),
-        ((2, 8, 128), (2, 3, 32)), ((2, 8, 128), (2, 0, 32)), ((2, 8, 128), (2, 32)), ((16,), (2, 1, 32)),
+        ((2, 8, 128), (2, 3, 32)), ((2, 8, 128), (2, 0, 32)), ((2, 8, 128), (2, 32)),
+        ((16,), (2, 1, 32)),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(codes, scale):
-    message = f"codes {codes} and scales {scale} are not those of 33 rows of 64 weights in four or eight bits"
+    message = f"codes {codes} and scales {scale} are not those of 33 rows of 64 weights in four"
     with pytest.raises(ValueError, match=re.escape(message)):
-        QuantizedLinear.from_parts(
+        linear_of_parts(
             nn.Linear(64, 33),
             torch.zeros(codes, dtype=torch.uint8),
             torch.zeros(scale).bfloat16(),
             None,
             None,
         )
+
+
+def test_parts_make_the_same_bits_again():
+    """Codes and scales of rows that fill no whole 32, with a middle and an input scale."""
+    for bits in (3, 4, 8):
+        layer, _ = make(64, 33, Grid(bits, 32, symmetric=False), input_scale=torch.rand(64))
+        parts = layer.codes, layer.scale, layer.middle, layer.input_scale
+        twin = linear_of_parts(nn.Linear(64, 33), *parts)
+        for mine, theirs in zip(layer.buffers(), twin.buffers(), strict=True):
+            assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+        assert twin.bits == layer.bits and twin.has_kernel == layer.has_kernel
 
 
 # the embedding

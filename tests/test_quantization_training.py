@@ -1,4 +1,4 @@
-"""Training through rounded weights, and beside them: forward of the rounded, gradients for the right numbers alone."""
+"""Training through rounded weights, and beside them: gradients for the right numbers alone."""
 
 import copy
 import re
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptlite.distillation.label_files import fingerprint
 from gptlite.quantization.grids import INT4, INT8, Grid, round_to_nearest
 from gptlite.quantization.training import LoRALinear, NF4Linear, QATLinear, nf4_levels, qlora
 from gptlite.train import next_token_loss
@@ -316,3 +317,51 @@ def test_qlora_with_groups_that_do_not_fit_is_refused(make_model):
         match=r"rows of 32 weights cannot be cut into groups of 64, or those into pairs\.",
     ):
         qlora(make_model())
+
+
+def test_qlora_that_fails_half_way_leaves_the_model_as_it_was(make_model):
+    """The MLP's second matrix has rows of 20, the first three have rows of 32."""
+    model = make_model(n_hidden=20)
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match="rows of 20 weights cannot be cut into groups of 8"):
+        qlora(model, rank=2, group=8)
+    assert dict(model.named_modules()) == modules
+    assert all(p.requires_grad for p in model.parameters())
+    qlora(model, rank=2, group=4)
+
+
+def test_all_is_made_where_the_weight_is():
+    linear, x = make(), random(3, 64)
+    with torch.device("meta"):  # where all would land that is not said to be elsewhere
+        base = NF4Linear(linear)
+        assert base.weight.device.type == "cpu"
+        nf4_levels.cache_clear()
+        assert torch.equal(NF4Linear(linear)(x), base(x))
+        layer = LoRALinear(base, (8, 64))
+        assert {p.device.type for p in layer.parameters()} == {"cpu"}
+
+
+def test_nf4_and_adapters_are_loaded_and_make_the_fingerprint():
+    other = make()
+    other.weight.data.mul_(-2)
+    pairs = [(NF4Linear(make()), NF4Linear(other))]
+    pairs.append(tuple(LoRALinear(base, (8, 64)) for base in pairs[0]))
+    for one, two in pairs:
+        assert fingerprint(one) != fingerprint(two)
+        two.load_state_dict(one.state_dict())
+        assert fingerprint(one) == fingerprint(two)
+        assert torch.equal(one(random(3, 64)), two(random(3, 64)))
+
+
+def test_teachers_on_other_grids_have_other_fingerprints():
+    one, two = (QATLinear(make(), Grid(bits, 64)) for bits in (3, 4))
+    assert fingerprint(one) != fingerprint(two)
+
+
+@torch.no_grad()
+def test_a_model_with_adapters_answers_in_a_run_in_bfloat16(make_model):
+    model = qlora(make_model(), rank=2, group=8)
+    exact = model(batch()[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(batch()[0])
+    assert (found.float() - exact).norm() < 0.1 * exact.norm()

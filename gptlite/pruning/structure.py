@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from gptlite.model import GPT, Block, GPTConfig, check_tied
+from gptlite.checkpoints import check_plain
+from gptlite.model import GPT, Block, GPTConfig
 from gptlite.pruning.importance import most_important
 
 
@@ -39,7 +39,11 @@ def shrink(
     Without some channels a LayerNorm takes mean and variance over the others.
     """
     c = model.config
-    _check_plain(model, heads is not None)
+    check_plain(model)
+    if c.kv_heads != c.n_head and heads is not None:
+        raise ValueError(
+            f"heads that share {c.kv_heads} KV heads cannot be taken out one by one."
+        )
     stay = _checked(None if layers is None else layers[None], "layers", 1, c.n_layer)[0]
     C = _checked(None if channels is None else channels[None], "channels", 1, c.n_embd)[0]
     heads_of = _checked(heads, "heads", c.n_layer, c.n_head)
@@ -77,23 +81,6 @@ def _rows_and_columns(
         "mlp.c_fc": (neurons, channels),
         "mlp.c_proj": (channels, neurons),
     }
-
-
-def _check_plain(model: GPT, by_head: bool) -> None:
-    """A ValueError names what cannot be cut: swapped Linears, another head, shared KV heads."""
-    check_tied(model)
-    for name in model.state_dict():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(parent, (nn.Linear, nn.Embedding, nn.LayerNorm)):
-            raise ValueError(
-                f"{name} is of a {type(parent).__name__}, which cannot be cut; begin with a "
-                "copy of the original."
-            )
-    c = model.config
-    if by_head and c.kv_heads != c.n_head:
-        raise ValueError(
-            f"heads that share {c.kv_heads} KV heads cannot be taken out one by one."
-        )
 
 
 def _checked(numbers: Tensor | None, name: str, rows: int, most: int) -> Tensor:

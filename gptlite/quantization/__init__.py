@@ -1,6 +1,7 @@
-"""Weights in few bits: the grids, the fits that choose codes, the Linears that read them, whole models and files."""
+"""Weights in few bits: grids, the fits that choose codes, Linears, whole models and files."""
 
 from gptlite.quantization.activations import RoundedInputLinear, input_peaks
+from gptlite.quantization.files import load_quantized, save_quantized
 from gptlite.quantization.fits import awq, gptq, relative_error
 from gptlite.quantization.grids import (
     INT4,
@@ -20,12 +21,7 @@ from gptlite.quantization.linear import (
     pack,
     unpack,
 )
-from gptlite.quantization.model import (
-    LayerReport,
-    load_quantized,
-    quantize_model,
-    save_quantized,
-)
+from gptlite.quantization.model import LayerReport, quantize_model
 from gptlite.quantization.training import LoRALinear, NF4Linear, QATLinear, nf4_levels, qlora
 
 __all__ = [

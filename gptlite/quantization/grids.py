@@ -8,10 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """Where weights may lie: at scale * code + middle, with codes of `bits` bits from -2^(bits-1) on.
+    """Where weights may lie: at scale * code + middle, with codes of `bits` bits.
 
-    A `group` of weights that follow one another in a row shares scale and middle; None is the whole row. A symmetric
-    grid has no middle: it lies around zero. With `clip` a grid may end before its group's largest weight.
+    Codes begin at -2^(bits-1). A `group` of weights that follow one another in a row shares
+    scale and middle; None is the whole row. A symmetric grid has no middle: it lies around
+    zero. With `clip` a grid may end before its group's largest weight.
     """
 
     bits: int = 4
@@ -44,9 +45,8 @@ class Grid:
 
 
 INT8, INT4 = Grid(8, None), Grid(4, 64)
-SHARES = [
-    share / 100 for share in range(95, 35, -5)
-]  # of a group's range, among which `clip` chooses
+# of a group's range, among which `clip` chooses
+SHARES = [share / 100 for share in range(95, 35, -5)]
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Quantized:
 
 
 def fit_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """The scale and middle (N, groups), in bfloat16, with which a grid spans each group of the weights (N, K).
+    """The scale and middle (N, groups) with which a grid spans each group of weights (N, K).
 
-    With `clip` it spans that one of SHARES of it, about its centre, with which the mean square of the error is least.
-    bfloat16 has float32's range, so that neither an outlier nor a group of denormal numbers is beyond it.
+    With `clip` it spans that one of SHARES of it, about its centre, with which the mean square
+    of the error is least. They are in bfloat16, which has float32's range, so that neither an
+    outlier nor a group of denormal numbers is beyond it.
     """
     refuse_nonfinite(weight)
-    groups = weight.float().unflatten(
-        -1, (grid.groups(weight.shape[-1]), -1)
-    )  # (N, groups, group)
+    # (N, groups, group)
+    groups = weight.float().unflatten(-1, (grid.groups(weight.shape[-1]), -1))
     scale, middle = _span(groups, grid)
     if not grid.clip:
         return scale, middle
@@ -91,30 +91,27 @@ def fit_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
 
 
 def _span(groups: Tensor, grid: Grid, share: float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """Scale and middle (N, groups) of a grid from end to end of a share of each group's range."""
+    """Scale and middle (N, groups) of a grid that spans a share of each group's range."""
     if grid.symmetric:
         return _nonzero(share * groups.abs().amax(-1) / (-grid.lowest - 1)), None
     least, most = groups.aminmax(dim=-1)
-    least, most = (
-        least + (1 - share) / 2 * (most - least),
-        most - (1 - share) / 2 * (most - least),
-    )
+    cut = (1 - share) / 2 * (most - least)
+    least, most = least + cut, most - cut
     scale = _nonzero((most - least) / (2**grid.bits - 1))
     return scale, (least - grid.lowest * scale.float()).bfloat16()
 
 
 def _square_error(groups: Tensor, scale: Tensor, middle: Tensor | None, grid: Grid) -> Tensor:
-    """Sum of the squares (N, groups) of what rounding to nearest does to the weights (N, groups, group)."""
+    """Sum of the squares (N, groups) of what rounding does to weights (N, groups, group)."""
     rounded = from_codes(to_codes(groups.flatten(-2), scale, middle, grid), scale, middle)
     return (rounded.view_as(groups) - groups).square().sum(-1)
 
 
 def refuse_nonfinite(weight: Tensor) -> None:
     """A ValueError counts the numbers that no code can stand for."""
-    if not weight.isfinite().all():
-        raise ValueError(
-            f"the weight has {int((~weight.isfinite()).sum())} numbers that are infinite or NaN."
-        )
+    wrong = int((~weight.isfinite()).sum())
+    if wrong:
+        raise ValueError(f"the weight has {wrong} numbers that are infinite or NaN.")
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -123,16 +120,11 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 
 def to_codes(weight: Tensor, scale: Tensor, middle: Tensor | None, grid: Grid) -> Tensor:
-    """The nearest codes (N, K) of weights (N, K), given the scale and middle (N, groups) of their groups."""
+    """The nearest codes (N, K) of weights (N, K), given what their groups (N, groups) have."""
     groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
     shifted = groups if middle is None else groups - middle.float()[..., None]
-    return (
-        (shifted / scale.float()[..., None])
-        .round()
-        .clamp(grid.lowest, -grid.lowest - 1)
-        .flatten(-2)
-        .to(torch.int8)
-    )
+    codes = (shifted / scale.float()[..., None]).round()
+    return codes.clamp(grid.lowest, -grid.lowest - 1).flatten(-2).to(torch.int8)
 
 
 def from_codes(
@@ -141,16 +133,20 @@ def from_codes(
     middle: Tensor | None = None,
     input_scale: Tensor | None = None,
 ) -> Tensor:
-    """The weights (..., K), in float32, that codes (..., K) stand for, given what their groups (..., groups) have."""
+    """The weights (..., K), in float32, of codes (..., K), given what their groups have.
+
+    Scale and middle are (..., groups), the input scale (K,).
+    """
     weight = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]
     weight = (weight if middle is None else weight + middle.float()[..., None]).flatten(-2)
     return weight if input_scale is None else weight * input_scale
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, gram: Tensor | None = None) -> Quantized:
-    """Each weight on the nearest point of its group's grid, off by half a scale at most; `gram` is not looked at.
+    """Each weight on the nearest point of its group's grid; `gram` is not looked at.
 
-    (The outermost weights may be off by more with `clip`, and by a little more with a middle, itself rounded.)
+    It is off by half a scale at most. (The outermost weights may be off by more with `clip`,
+    and by a little more with a middle, itself rounded.)
     """
     scale, middle = fit_grid(weight, grid)
     return Quantized(to_codes(weight, scale, middle, grid), scale, grid.bits, middle)
