@@ -1,7 +1,9 @@
-"""The built site in Chromium: what a reader sees on a desk, on a phone, in the dark, on paper, by screen reader."""
+"""The built site in Chromium: what a reader sees on a desk, a phone, paper, and in the dark."""
 
 import gzip
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from site_files import built_site, chapters, documents
 pytestmark = [pytest.mark.browser, pytest.mark.site]
 
 MAX_BYTES = 1_500_000  # on the wire: static hosts compress text
+DESK = {"width": 1366, "height": 768}  # the commonest small screen
 PHONE = {"width": 360, "height": 740}
 PAGES = [f"{name}.html" for name in documents()]
 CHAPTERS = [f"notebooks/{name}.html" for name in chapters()]
@@ -23,42 +26,75 @@ def address() -> Iterator[str]:
         yield where
 
 
+def opened(browser, address: str, path: str, **options):
+    """A page of the site, by itself, its mathematics set; it notes what goes wrong."""
+    page = browser.new_context(**{"viewport": DESK, **options}).new_page()
+    page.faults, page.sizes = [], []
+
+    def note(is_fault: bool, sentence: str) -> None:
+        if is_fault:
+            page.faults.append(sentence)
+
+    ours = (address, "data:", "blob:")
+    page.on("console", lambda m: note(m.type == "error", f"console: {m.text}"))
+    page.on("pageerror", lambda error: note(True, f"exception: {error}"))
+    page.on("request", lambda r: note(not r.url.startswith(ours), f"asks {r.url}"))
+    page.on("response", lambda r: note(r.status >= 400, f"{r.status}: {r.url}"))
+    page.on("requestfinished", lambda r: page.sizes.append(on_the_wire(r.response())))
+    page.goto(f"{address}/{path}", wait_until="networkidle")
+    page.evaluate("window.MathJax?.startup?.promise.then(() => true)")
+    return page
+
+
+@pytest.fixture(scope="class")
+def page(browser, address, request):
+    """A page in one colour scheme, opened once for all checks of a class.
+
+    Each check leaves it as it was: as wide, and with the same solutions open.
+    """
+    path, scheme = request.param
+    page = opened(browser, address, path, color_scheme=scheme)
+    yield page
+    page.context.close()
+
+
 @pytest.fixture
 def open_page(browser, address):
-    """A function that opens a page of the site and waits until its mathematics is set; keywords go to the context."""
-    contexts = []
+    """A function that opens a page for one test alone."""
+    pages = []
 
     def open_(path: str, **options):
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.faults, page.sizes = [], []
-        page.on(
-            "console", lambda m: m.type == "error" and page.faults.append(f"console: {m.text}")
-        )
-        page.on("pageerror", lambda error: page.faults.append(f"exception: {error}"))
-        page.on(
-            "request",
-            lambda r: (
-                r.url.startswith((address, "data:", "blob:"))
-                or page.faults.append(f"asks {r.url}")
-            ),
-        )
-        page.on(
-            "response", lambda r: r.status < 400 or page.faults.append(f"{r.status}: {r.url}")
-        )
-        page.on(
-            "requestfinished",
-            lambda request: page.sizes.append(on_the_wire(request.response())),
-        )
-        page.goto(f"{address}/{path}", wait_until="networkidle")
-        page.evaluate(
-            "window.MathJax && MathJax.startup && MathJax.startup.promise.then(() => true)"
-        )
-        return page
+        pages.append(opened(browser, address, path, **options))
+        return pages[-1]
 
     yield open_
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.context.close()
+
+
+@contextmanager
+def on_a_phone(page) -> Iterator[None]:
+    """The page as a phone shows it."""
+    page.set_viewport_size(PHONE)
+    yield
+    page.set_viewport_size(DESK)
+
+
+@contextmanager
+def unfolded(page) -> Iterator[None]:
+    """The page with all that can be unfolded: solutions, and the code of folded cells."""
+    were = page.evaluate(
+        """() => [...document.querySelectorAll('details')].map(d => {
+            const open = d.open;
+            d.open = true;
+            return open;
+        })"""
+    )
+    yield
+    page.evaluate(
+        "were => document.querySelectorAll('details').forEach((d, i) => { d.open = were[i]; })",
+        were,
+    )
 
 
 def on_the_wire(response) -> int:
@@ -67,28 +103,37 @@ def on_the_wire(response) -> int:
     return len(gzip.compress(body)) if kind.startswith(("text/", "application/")) else len(body)
 
 
-# A listing has thousands of coloured words, and axe takes a millisecond for the contrast of each: one of a kind stays.
+# A listing has thousands of coloured words, and axe takes a millisecond for the contrast of
+# each: one of a kind stays while it looks.
 SAMPLE_CODE = """() => {
-    const behind = new Map([...document.querySelectorAll('pre')].map(pre => [pre, [pre, pre.parentElement].map(
-        e => getComputedStyle(e).backgroundColor + e.className).join()]));
+    const style = e => getComputedStyle(e).backgroundColor + e.className;
+    const listings = [...document.querySelectorAll('pre')];
+    const behind = new Map(listings.map(pre => [pre, style(pre) + style(pre.parentElement)]));
     const kind = word => {
         const {color, backgroundColor, fontWeight} = getComputedStyle(word);
-        return [word.className, color, backgroundColor, fontWeight, behind.get(word.closest('pre'))].join();
+        const ground = behind.get(word.closest('pre'));
+        return [word.className, color, backgroundColor, fontWeight, ground].join();
     };
-    const words = [...document.querySelectorAll('pre span')].filter(e => !e.children.length), kinds = words.map(kind);
-    const first = new Map(kinds.map((kind, i) => [kind, i]).reverse());
-    words.forEach((word, i) => { if (first.get(kinds[i]) !== i) word.replaceWith(word.textContent); });
+    const words = [...document.querySelectorAll('pre span')].filter(e => !e.children.length);
+    const kinds = words.map(kind), first = new Map(kinds.map((kind, i) => [kind, i]).reverse());
+    const others = words.filter((word, i) => first.get(kinds[i]) !== i);
+    window.sampled = others.map(word => [word, document.createTextNode(word.textContent)]);
+    window.sampled.forEach(([word, text]) => word.replaceWith(text));
     return first.size;
 }"""
+AS_IT_WAS = "window.sampled.forEach(([word, text]) => text.replaceWith(word))"
 
 
 def axe_faults(page) -> list[str]:
-    """Serious and critical faults that axe-core finds: rule, and the first element. The page is changed by it."""
+    """Serious and critical faults that axe-core finds: rule, and the first element."""
     import axe_playwright_python
 
-    page.evaluate(SAMPLE_CODE)
-    page.add_script_tag(path=str(Path(axe_playwright_python.__file__).parent / "axe.min.js"))
+    page.axe_kinds = page.evaluate(SAMPLE_CODE)
+    if not page.evaluate("typeof axe === 'object'"):
+        script = Path(axe_playwright_python.__file__).parent / "axe.min.js"
+        page.add_script_tag(path=str(script))
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    page.evaluate(AS_IT_WAS)
     serious = [v for v in found if v["impact"] in ("serious", "critical")]
     return [
         f"{v['id']}: {v['nodes'][0]['html'][:200]} ({len(v['nodes'])} times)" for v in serious
@@ -99,79 +144,147 @@ def test_one_pale_word_of_a_listing_is_found(browser):
     words = '<span class="k">for</span> ' * 50
     page = browser.new_page()
     for style, expected in (("", 0), ("color: #eee", 1)):
-        listing = f'<pre style="background: white">{words}<span class="k" style="{style}">if</span> {words}</pre>'
-        page.set_content(
-            f'<html lang="en"><title>A listing</title><main>{listing}</main></html>'
-        )
+        pale = f'<span class="k" style="{style}">if</span>'
+        listing = f'<pre style="background: white">{words}{pale} {words}</pre>'
+        content = f'<html lang="en"><title>A listing</title><main>{listing}</main></html>'
+        page.set_content(content)
+        before = page.content()
         faults = axe_faults(page)
-        assert page.locator("pre span").count() == 1 + expected  # one of a kind
+        assert page.axe_kinds == 1 + expected  # one of a kind
         assert [fault.partition(":")[0] for fault in faults] == ["color-contrast"] * expected
+        assert page.locator("main").inner_html() in before  # and the others are back
     page.close()
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_a_page_loads_without_faults_or_other_hosts(open_page, path):
-    page = open_page(path)
-    page.mouse.wheel(0, 20_000)
-    page.wait_for_timeout(200)
-    assert not page.faults
-    assert 10_000 < sum(page.sizes) < MAX_BYTES
+class PageChecks:
+    """What holds of every page."""
+
+    def test_it_loads_without_faults_or_other_hosts(self, page):
+        page.mouse.wheel(0, 20_000)
+        page.wait_for_timeout(200)
+        assert not page.faults
+        assert 10_000 < sum(page.sizes) < MAX_BYTES
+
+    def test_a_phone_scrolls_only_downwards(self, page):
+        with on_a_phone(page), unfolded(page):
+            width, widest = page.evaluate("""() => {
+                const right = element => element.getBoundingClientRect().right;
+                const all = [...document.querySelectorAll('article *')];
+                const [widest] = all.sort((a, b) => right(b) - right(a));
+                return [document.documentElement.scrollWidth, widest.outerHTML.slice(0, 200)];
+            }""")
+        assert width <= PHONE["width"], widest
+
+    def test_accessibility(self, page, request):
+        scheme = request.node.callspec.params["page"][1]
+        assert page.locator("html").get_attribute("data-theme") == scheme
+        with unfolded(page):
+            page.wait_for_timeout(200)
+            assert not axe_faults(page)
 
 
-@pytest.mark.parametrize("path", PAGES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(open_page, path, scheme):
-    page = open_page(path, color_scheme=scheme)
-    assert page.locator("html").get_attribute("data-theme") == scheme
-    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-    page.wait_for_timeout(200)
-    assert not axe_faults(page)
+class ChapterChecks(PageChecks):
+    """What holds of every chapter besides."""
+
+    def test_mathematics_and_fonts_are_there(self, page):
+        assert page.locator("mjx-container").count() > 5
+        assert page.locator("mjx-merror").count() == 0
+        loaded = page.evaluate(
+            "[...document.fonts].filter(f => f.status === 'loaded').map(f => f.family)"
+        )
+        families = {family.strip('"') for family in loaded}
+        assert {"Source Serif 4", "Source Code Pro"} <= families
+
+    def test_figures_fit_a_phone_and_can_be_read_there(self, page):
+        with on_a_phone(page):
+            sizes = page.evaluate("""() => {
+                const size = (svg, text) =>
+                    parseFloat(text.getAttribute('font-size')) * text.getScreenCTM().a;
+                return [...document.querySelectorAll('figure.gptlite-figure')].map(f => {
+                    const svg = f.querySelector('svg'), box = svg.getBoundingClientRect();
+                    const texts = [...f.querySelectorAll('svg text')].map(t => size(svg, t));
+                    const graph = svg.style.minWidth !== '' && Math.min(...texts);
+                    const width = f.getBoundingClientRect().width;
+                    return [box.width, width, box.height, graph, f.style.overflowX];
+                });
+            }""")
+        assert sizes
+        for svg, box, height, smallest, overflow in sizes:
+            assert svg > 150 and height > 60
+            # the drawing of a graph keeps its size, so that it can be read, and scrolls in its
+            # own box; a figure fits
+            assert (smallest >= 9 and overflow == "auto") if smallest else svg <= box + 1
+
+    def test_figures_take_the_pages_text_colour(self, page, request):
+        """Text in a figure is dark on a light page and light on a dark one."""
+        colours = page.evaluate("""() => {
+            const figures = [...document.querySelectorAll('figure.gptlite-figure svg')];
+            return [getComputedStyle(document.body).backgroundColor,
+                ...figures.map(figure => getComputedStyle(figure).color)];
+        }""")
+        shades = [re.findall(r"[\d.]+", colour)[:3] for colour in colours]
+        background, *text = [sum(map(float, rgb)) / 765 for rgb in shades]
+        assert text
+        if request.node.callspec.params["page"][1] == "light":
+            assert background > 0.9 and max(text) < 0.3
+        else:
+            assert background < 0.2 and min(text) > 0.7
+
+    def test_the_colab_button_leads_to_the_notebook(self, page, request):
+        if not setup_cell.published():
+            assert page.locator(".dropdown-launch-buttons").count() == 0
+            return
+        name = Path(request.node.callspec.params["page"][0]).with_suffix(".ipynb").name
+        page.locator(".dropdown-launch-buttons button").click()
+        link = page.locator("a[href*='colab.research.google.com']:visible").first
+        assert link.get_attribute("href") == setup_cell.colab_link(name)
+        page.keyboard.press("Escape")
+
+    def test_folded_solutions_open_with_the_keyboard(self, page):
+        folded = page.locator("article details:not([open])")
+        assert folded.count() >= 3
+        # the first that is still closed, until none is
+        for _ in range(folded.count()):
+            box = folded.first.element_handle()
+            assert not box.query_selector(":scope > :not(summary)").is_visible()
+            box.query_selector("summary").focus()
+            page.keyboard.press("Enter")
+            box.query_selector(":scope > :not(summary)").wait_for_element_state("visible")
+        assert folded.count() == 0
+
+    def test_it_prints(self, page):
+        """On paper: no menus, solutions open, dark on white whatever the screen showed."""
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = false; })")
+        page.emulate_media(media="print")
+        page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        sides = (".bd-sidebar-primary", ".bd-sidebar-secondary")
+        for menu in (*sides, ".bd-header-article", ".prev-next-area"):
+            assert not page.locator(menu).first.is_visible()
+        details = "[...document.querySelectorAll('article details')]"
+        assert page.evaluate(f"{details}.every(d => d.open)")
+        text = page.evaluate("getComputedStyle(document.querySelector('article p')).color")
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", text))) < 40
+        assert paper in ("rgb(255, 255, 255)", "rgba(0, 0, 0, 0)")
+        assert page.pdf(format="A4").startswith(b"%PDF")
+        page.emulate_media(media="screen")
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_a_phone_scrolls_only_downwards(open_page, path):
-    page = open_page(path, viewport=PHONE)
-    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-    wide = """() => {
-        const widest = [...document.querySelectorAll('article *')].sort(
-            (a, b) => b.getBoundingClientRect().right - a.getBoundingClientRect().right)[0];
-        return [document.documentElement.scrollWidth, widest.outerHTML.slice(0, 200)];
-    }"""
-    width, widest = page.evaluate(wide)
-    assert width <= PHONE["width"], widest
+def in_both(paths: list[str]):
+    """The checks of a class for each page, light and dark, opened once for all of them."""
+    each = [(path, scheme) for path in paths for scheme in ("light", "dark")]
+    ids = [f"{path}-{scheme}" for path, scheme in each]
+    return pytest.mark.parametrize("page", each, ids=ids, indirect=True, scope="class")
 
 
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_figures_fit_a_phone_and_can_be_read_there(open_page, path):
-    page = open_page(path, viewport=PHONE)
-    sizes = page.evaluate("""() => [...document.querySelectorAll('figure.gptlite-figure')].map(f => {
-        const svg = f.querySelector('svg').getBoundingClientRect();
-        const graph = f.querySelector('svg').style.minWidth !== '', text = [...f.querySelectorAll('svg text')];
-        const smallest = Math.min(...text.map(t => parseFloat(t.getAttribute('font-size')) * t.getScreenCTM().a));
-        return [svg.width, f.getBoundingClientRect().width, svg.height, graph && smallest, f.style.overflowX];
-    })""")
-    assert sizes
-    for svg, box, height, smallest, overflow in sizes:
-        assert svg > 150 and height > 60
-        # the drawing of a graph keeps its size, so that it can be read, and scrolls in its own box; a figure fits
-        assert (smallest >= 9 and overflow == "auto") if smallest else svg <= box + 1
+@in_both([path for path in PAGES if path not in CHAPTERS])
+class TestAPage(PageChecks):
+    """Every page that is no chapter."""
 
 
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_figures_take_the_pages_text_colour(open_page, path):
-    """Text in a figure is dark on a light page and light on a dark one."""
-
-    def lightness(scheme: str) -> list[float]:
-        page = open_page(path, color_scheme=scheme)
-        colours = page.evaluate("""() => [document.body, ...document.querySelectorAll('figure.gptlite-figure svg')]
-            .map((e, i) => getComputedStyle(e)[i ? 'color' : 'backgroundColor'])
-            .map(colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number))""")
-        return [sum(rgb) / 765 for rgb in colours]
-
-    background, *text = lightness("light")
-    assert background > 0.9 and text and max(text) < 0.3
-    background, *text = lightness("dark")
-    assert background < 0.2 and text and min(text) > 0.7
+@in_both(CHAPTERS)
+class TestAChapter(ChapterChecks):
+    """Every chapter."""
 
 
 def test_the_switch_turns_the_page_dark_and_back(open_page):
@@ -204,67 +317,6 @@ def test_search_is_one_key_away(open_page):
     page.keyboard.type("rectangle")
     page.keyboard.press("Enter")
     page.locator("#search-results a[href*='kv_cache']").first.wait_for()
-
-
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_folded_solutions_open_with_the_keyboard(open_page, path):
-    page = open_page(path)
-    folded = page.locator("article details")
-    assert folded.count() >= 3
-    for i in range(folded.count()):
-        box = folded.nth(i)
-        if box.evaluate("d => d.open"):
-            continue
-        inside = box.locator(":scope > :not(summary)").first
-        assert not inside.is_visible()
-        box.locator("summary").first.focus()
-        page.keyboard.press("Enter")
-        inside.wait_for(state="visible")
-
-
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_the_colab_button_leads_to_the_notebook(open_page, path):
-    page = open_page(path)
-    if not setup_cell.published():
-        assert page.locator(".dropdown-launch-buttons").count() == 0
-        return
-    page.locator(".dropdown-launch-buttons button").click()
-    link = page.locator("a[href*='colab.research.google.com']:visible").first
-    assert link.get_attribute("href") == setup_cell.colab_link(
-        Path(path).with_suffix(".ipynb").name
-    )
-
-
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_mathematics_is_set(open_page, path):
-    page = open_page(path)
-    assert page.locator("mjx-container").count() > 5
-    assert page.locator("mjx-merror").count() == 0
-    families = page.evaluate(
-        "[...document.fonts].filter(f => f.status === 'loaded').map(f => f.family)"
-    )
-    assert {"Source Serif 4", "Source Code Pro"} <= {family.strip('"') for family in families}
-
-
-@pytest.mark.parametrize("path", CHAPTERS)
-def test_a_chapter_prints(open_page, path):
-    """On paper: no menus, solutions open, black on white whatever the screen showed."""
-    page = open_page(path, color_scheme="dark")
-    page.emulate_media(media="print")
-    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    for menu in (
-        ".bd-sidebar-primary",
-        ".bd-sidebar-secondary",
-        ".bd-header-article",
-        ".prev-next-area",
-    ):
-        assert not page.locator(menu).first.is_visible()
-    assert page.evaluate("[...document.querySelectorAll('article details')].every(d => d.open)")
-    text, paper = page.evaluate("""() => ['color', 'backgroundColor'].map(
-        key => getComputedStyle(document.querySelector(key === 'color' ? 'article p' : 'body'))[key])""")
-    assert text == "rgb(0, 0, 0)"
-    assert paper in ("rgb(255, 255, 255)", "rgba(0, 0, 0, 0)")
-    assert page.pdf(format="A4").startswith(b"%PDF")
 
 
 @pytest.mark.parametrize("path", CHAPTERS)
