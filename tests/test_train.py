@@ -10,6 +10,8 @@ from tiny_runs import QUICK, SHAPE, new_model, quiet, same_weights
 
 from gptlite.checkpoints import read_tensors
 from gptlite.corpus import Corpus, sample_batch
+from gptlite.distillation import Distillation
+from gptlite.quantization import INT8, Grid, quantize_model
 from gptlite.train import (
     TrainConfig,
     block_matrices,
@@ -186,6 +188,20 @@ def test_the_loss_can_be_swapped(corpus):
         expected = sample_batch(corpus.train, 8, 4, step)
         assert torch.equal(x, expected[0])
         assert torch.equal(y, expected[1])
+
+
+@pytest.mark.parametrize("grid", [INT8, Grid(4, 16)])
+def test_a_quantized_teacher_teaches_in_every_number_format(corpus, grid):
+    """`--dtype auto` takes what this machine is fastest in: the teacher must not mind."""
+    teacher = new_model(n_embd=32).eval()
+    quantize_model(teacher, grid)
+    losses = [
+        quiet(new_model(), corpus, QUICK, loss_fn=Distillation(teacher), dtype=dtype)
+        for dtype in loop.FORMATS
+    ]
+    exact, *others = (torch.tensor(log["train_loss"]) for log in losses)
+    for other in others:
+        torch.testing.assert_close(other, exact, atol=0.05, rtol=0)
 
 
 def test_the_penalty_is_the_entropy_of_the_predictions(corpus):
