@@ -15,17 +15,14 @@ def pick_device() -> torch.device:
 
 @cache
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """The format in which this device multiplies matrices fastest: bfloat16, float16 or float32.
+    """The format in which a device multiplies matrices fastest: bfloat16, float16 or float32.
 
-    A GPU says so by its compute capability. A CPU is timed: one without bfloat16 instructions still accepts bfloat16
-    and emulates it, up to several hundred times slower.
+    A GPU says so by its compute capability. A CPU is timed: one without bfloat16 instructions
+    still accepts bfloat16 and emulates it, up to several hundred times slower.
     """
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.get_device_capability(device) >= (8, 0)
-            else torch.float16
-        )
+        new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if new else torch.float16
 
     def seconds(dtype: torch.dtype) -> float:
         a, best = torch.ones(256, 256, dtype=dtype), float("inf")

@@ -57,12 +57,10 @@ def test_a_model_comes_back_as_it_was_saved(make_model, tmp_path, dtype):
     assert back.model.lm_head.weight is back.model.wte.weight
     for (name, p), q in zip(model.named_parameters(), back.model.parameters(), strict=True):
         assert q.dtype == torch.float32
-        assert torch.equal(q, p.to(dtype).float()), (
-            name
-        )  # in float32 to the bit, else rounded once
-    assert (
-        path.stat().st_size < model.n_params() * dtype.itemsize + 5000
-    )  # the tied matrix is stored once
+        # in float32 to the bit, else rounded once
+        assert torch.equal(q, p.to(dtype).float()), name
+    # the tied matrix is stored once
+    assert path.stat().st_size < model.n_params() * dtype.itemsize + 5000
 
 
 def test_float16_is_close_enough_to_generate_from(make_model, tmp_path):
@@ -292,9 +290,8 @@ def test_weights_of_another_architecture(make_model):
             ValueError, match=re.escape(f"mine is of another architecture: {message}")
         ):
             load_weights(model, tensors, "mine")
-    assert all(
-        torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)
-    )  # nothing was half loaded
+    # nothing was half loaded
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
 def test_a_checkpoint_whose_weights_do_not_fit_its_own_configuration(make_model, tmp_path):

@@ -1,4 +1,4 @@
-"""The machine is asked; what it answers is simulated here, so that no test depends on the machine or on a clock."""
+"""The machine is asked; its answers are simulated, so that no test depends on it or a clock."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def test_a_gpu_says_its_format_by_its_capability(monkeypatch, capability, dtype)
 
 
 def clock(seconds):
-    """A clock that shows these durations between its 1st and 2nd reading, 3rd and 4th, and so on."""
+    """A clock that shows these durations between its 1st and 2nd reading, 3rd and 4th, ..."""
     return iter(itertools.accumulate(t for duration in seconds for t in (1.0, duration)))
 
 

@@ -1,4 +1,4 @@
-"""The cache changes what is computed, never the answer; and it refuses what would make it silently wrong."""
+"""The cache changes what is computed, never the answer, or it refuses in a sentence."""
 
 import re
 from dataclasses import replace
@@ -51,7 +51,7 @@ def test_any_split_of_the_prompt_gives_the_logits_of_one_pass(
 
 @given(st.data(), st.sampled_from([KVCache, StaticKVCache]))
 def test_rewinding_and_going_on_equals_a_fresh_text(make_model, data, Cache):
-    """A text is read, part of it forgotten, and another end read instead, several times over."""
+    """A text is read, part of it forgotten, and another end read instead, several times."""
     model = make_model(n_kv_head=2)
     cache, text = Cache(model.config, B=2), torch.empty(2, 0, dtype=torch.long)
     for seed in range(data.draw(st.integers(1, 4))):
@@ -88,13 +88,8 @@ def test_bytes_of_gpt2_small_by_hand():
         kv_cache_bytes(GPT2_SMALL, B=3, max_len=1, dtype=torch.float16)
         == 3 * 2 * 12 * 12 * 64 * 2
     )
-    assert kv_cache_shape(GPT2_SMALL) == (
-        12,
-        1,
-        12,
-        1024,
-        64,
-    )  # max_len is block_size where none is given
+    # max_len is block_size where none is given
+    assert kv_cache_shape(GPT2_SMALL) == (12, 1, 12, 1024, 64)
 
 
 @both_caches
@@ -118,7 +113,7 @@ def test_nothing_is_allocated_while_it_fills(make_model):
 
 
 def test_static_shapes_and_numbers_do_not_change_as_it_fills(make_model):
-    """What a compiler would have to compile again for: no tensor moves or changes its shape, no Python number moves."""
+    """No tensor moves or changes its shape, no Python number moves: no new compiling."""
     model = make_model()
     cache = StaticKVCache(model.config)
     model(prompt(1, 1), cache)
@@ -141,7 +136,7 @@ def test_static_shapes_and_numbers_do_not_change_as_it_fills(make_model):
 
 
 def test_what_is_read_into_an_empty_static_cache_sees_only_itself(make_model):
-    """The prompt is most of what attention works on, and the rest of the cache would be masked."""
+    """It is most of what attention works on, and the rest of the cache would be masked."""
     model = make_model()
     cache, k = StaticKVCache(model.config), torch.ones(1, 4, 3, 8)
     for emptied in range(2):
@@ -165,7 +160,7 @@ def test_half_precision_holds_what_the_model_computes(make_model):
 
 
 def test_the_cache_does_not_keep_the_graph_of_past_steps(make_model):
-    """Called outside of `no_grad`, it holds values alone; else the memory of every step would stay alive."""
+    """Outside of `no_grad`, it holds values alone; else the memory of each step would stay."""
     model = make_model()
     cache = KVCache(model.config)
     model(prompt(1, 5), cache)
@@ -256,7 +251,7 @@ def test_after_a_refusal_the_cache_goes_on_as_if_nothing_had_happened(make_model
 @both_caches
 @torch.no_grad()
 def test_a_failure_in_a_later_layer_leaves_the_cache_usable(make_model, Cache):
-    """All layers move on together or not at all, though the first has already written its keys."""
+    """All layers move on together or not at all, though the first has written its keys."""
     model = make_model()
     idx, cache = prompt(1, 12), Cache(model.config)
     model(idx[:, :6], cache)

@@ -19,15 +19,14 @@ def test_singular_values_land_near_one(m, n, seed):
     torch.manual_seed(seed)
     G = torch.randn(m, n) * 10 ** torch.randn(1)
     values = torch.linalg.svdvals(orthogonalize(G))
-    keep = (
-        torch.linalg.svdvals(G) > 0.002 * G.norm()
-    )  # the polynomial rises with its argument up to there
+    # the polynomial rises with its argument up to there
+    keep = torch.linalg.svdvals(G) > 0.002 * G.norm()
     assert values[: keep.sum()].min() > 0.67
     assert values.max() < 1.22
 
 
 def test_the_singular_vectors_stay():
-    """The polynomial acts on singular values alone: U^T X V is diagonal, with the polynomial's values on it."""
+    """The polynomial acts on singular values alone: its values are U^T X V, a diagonal."""
     torch.manual_seed(0)
     G = torch.randn(5, 9, dtype=torch.float64)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
@@ -50,7 +49,7 @@ def test_shapes_tall_wide_and_stacked():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_matrix_of_low_rank_does_not_explode(dtype, rank):
-    """Gradients are of low rank early on; carrying X X^T from step to step in 8 bits made this one of norm 10^5."""
+    """As early gradients are; X X^T carried on in 8 bits made this one of norm 10^5."""
     torch.manual_seed(0)
     G = (torch.randn(32, rank) @ torch.randn(rank, 24)).to(dtype)
     values = torch.linalg.svdvals(orthogonalize(G).float())
@@ -59,15 +58,14 @@ def test_a_matrix_of_low_rank_does_not_explode(dtype, rank):
 
 
 def test_one_step_by_hand():
-    """First step: the momentum is (1 - beta) g, Nesterov's look-ahead (1 - beta^2) g; its direction is g's."""
+    """The momentum is (1 - beta) g, Nesterov's look-ahead (1 - beta^2) g: both along g."""
     torch.manual_seed(0)
     p, g = torch.nn.Parameter(torch.randn(12, 3)), torch.randn(12, 3)
     before = p.detach().clone()
     p.grad = g.clone()
     Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5).step()
-    expected = before * (1 - 0.1 * 0.5) - 0.1 * (12 / 3) ** 0.5 * orthogonalize(
-        g
-    )  # a tall matrix takes longer steps
+    # a tall matrix takes longer steps
+    expected = before * (1 - 0.1 * 0.5) - 0.1 * (12 / 3) ** 0.5 * orthogonalize(g)
     torch.testing.assert_close(p.detach(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(p.grad, g)  # the gradient is only read
 
@@ -76,7 +74,7 @@ def test_one_step_by_hand():
     not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon of its own"
 )
 def test_equals_pytorchs_muon():
-    """The same path over several steps, to the rounding of bfloat16, in which PyTorch's orthogonalises."""
+    """The same path over several steps, to the rounding of bfloat16, which PyTorch's has."""
     torch.manual_seed(0)
     start = [torch.randn(24, 8), torch.randn(8, 24), torch.randn(8, 8)]
     ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
@@ -89,9 +87,23 @@ def test_equals_pytorchs_muon():
         one.step()
         two.step()
     for p, q, s in zip(ours, theirs, start, strict=True):
-        assert (p - q).norm() < 0.06 * (
-            q - s
-        ).norm()  # without Nesterov or the factor for tall matrices: 0.2 and more
+        # without Nesterov or the factor for tall matrices: 0.2 and more
+        assert (p - q).norm() < 0.06 * (q - s).norm()
+
+
+def test_a_closure_is_asked_for_the_loss_and_the_gradient():
+    """As of every optimizer; if it were not, the step would be that of old gradients."""
+    p, twin = (torch.nn.Parameter(torch.eye(3)) for _ in range(2))
+
+    def closure():
+        loss = (p @ p).sum()
+        loss.backward()
+        return loss
+
+    assert Muon([p], lr=0.1).step(closure) == 3
+    (twin @ twin).sum().backward()
+    assert Muon([twin], lr=0.1).step() is None
+    assert torch.equal(p, twin) and not torch.equal(p, torch.eye(3))
 
 
 def test_parameters_without_a_gradient_stay():

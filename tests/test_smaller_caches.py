@@ -1,4 +1,4 @@
-"""Fewer heads, tokens and bits: what is exact about them is exact, what is rounded is within its bound."""
+"""Fewer heads, tokens and bits: what is exact is exact, what is rounded within its bound."""
 
 import copy
 import re
@@ -126,7 +126,7 @@ def test_heads_that_no_group_fits_are_refused():
 
 
 def test_grouped_attention_makes_no_copy_of_the_keys():
-    """No tensor that it makes is as large as the keys, where naive attention makes them H / H_kv times as large."""
+    """No tensor that it makes is as large as the keys, which naive attention multiplies."""
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         numbers = 0
@@ -152,7 +152,7 @@ def test_grouped_attention_makes_no_copy_of_the_keys():
 
 
 def windowed(window, sinks):
-    """Attention to the first `sinks` and the last `window` tokens of a text that begins with the first key."""
+    """Attention to the first `sinks` and the last `window` tokens of a whole text."""
 
     def attention(q, k, v, mask=None):
         Tq, Tk = q.shape[2], k.shape[2]
@@ -180,7 +180,7 @@ def test_a_rolling_cache_is_attention_under_a_window(
     st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 4)
 )
 def test_past_the_last_position_the_others_come_round(make_model, sizes, window, sinks):
-    """As in a model with a position for each token of the text, whose table repeats the rows after the sinks' own."""
+    """As with a position for each token, where the table repeats all but the sinks' rows."""
     model, idx = make_model(), prompt(1, sum(sizes))
     around = cycle(range(sinks, 24))
     rows = [n if n < sinks else next(around) for n in range(idx.shape[1])]
@@ -234,21 +234,17 @@ def test_a_rolling_cache_refuses_what_it_cannot_do(make_model):
 def test_a_number_is_off_by_half_a_step(bits, dim, size, seed):
     x = size * torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(seed))
     packed, scale = quantize(x, bits, dim)
-    assert packed.dtype == torch.uint8 and packed.shape == (
-        3,
-        5,
-        bits,
-    )  # 8 codes of `bits` bits are `bits` bytes
+    # 8 codes of `bits` bits are `bits` bytes
+    assert packed.dtype == torch.uint8 and packed.shape == (3, 5, bits)
     back = dequantize(packed, scale, bits, torch.float32)
     step = (x.amax(dim, keepdim=True) - x.amin(dim, keepdim=True)) / (2**bits - 1)
-    rounding = (
-        2**-10 * x.abs().amax(dim, keepdim=True) + 2**-13
-    )  # of step and least value, in float16
+    # of step and least value, in float16
+    rounding = 2**-10 * x.abs().amax(dim, keepdim=True) + 2**-13
     assert ((back - x).abs() <= step / 2 + 2 * rounding).all()
 
 
 def test_rounding_costs_no_more_in_a_short_format():
-    """Code, step and least value are put together in float32, and the result alone is rounded to bfloat16."""
+    """Code, step and least value are put together in float32, and only then rounded."""
     x = 2 + torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     packed, scale = quantize(x, 8, -1)
     exact, short = (
@@ -282,16 +278,15 @@ def test_eight_bits_change_little_however_the_text_is_split(
 
 @given(st.integers(1, 23), st.integers(1, 24), st.integers(1, 9), st.sampled_from([2, 4, 8]))
 def test_what_the_cache_returns_is_rounded_group_by_group(make_model, before, T, group, bits):
-    """Keys of whole groups and all values are those of `quantize`; keys of the last group are as they came."""
+    """Keys of whole groups and values are those of `quantize`, the last keys as they came."""
     T = min(T, 24 - before)
     cache = QuantizedKVCache(make_model().config, bits=bits, group=group)
     other, k, v = torch.randn(
         3, 1, 4, before + T, 8, generator=torch.Generator().manual_seed(T)
     )
     for part in (slice(0, before), slice(before, before + T)):
-        cache.layer(0).append(
-            other[:, :, part], other[:, :, part]
-        )  # must not show in the second layer
+        # must not show in the second layer
+        cache.layer(0).append(other[:, :, part], other[:, :, part])
         keys, values = cache.layer(1).append(k[:, :, part], v[:, :, part])
         cache.advance(part.stop - part.start)
     torch.testing.assert_close(values, dequantize(*quantize(v, bits, -1), bits, torch.float32))
@@ -319,9 +314,13 @@ def test_rewinding_into_a_full_group_gives_its_keys_back_rounded(make_model):
 
 
 @given(
-    st.integers(1, 3), st.integers(1, 24), st.sampled_from([2, 4, 8]), st.integers(1, 40), st.sampled_from([1, 2, 4]),
+    st.integers(1, 3),
+    st.integers(1, 24),
+    st.sampled_from([2, 4, 8]),
+    st.integers(1, 40),
+    st.sampled_from([1, 2, 4]),
     st.sampled_from([torch.float32, torch.bfloat16]),
-)  # fmt: skip
+)
 def test_its_bytes_are_known_before_it_is_made(
     make_model, B, max_len, bits, group, n_kv_head, dtype
 ):
@@ -333,7 +332,7 @@ def test_its_bytes_are_known_before_it_is_made(
 
 
 def test_the_bytes_by_hand():
-    """GPT-2 small, 1,024 tokens, 4 bits in groups of 32: half a byte a number, and two float16 a group and a token."""
+    """GPT-2 small, 4 bits: half a byte a number, and two float16 a group of 32 and a token."""
     numbers = 12 * 12 * 1024 * 64
     scales = numbers // 32 * 4 + numbers // 64 * 4
     waiting = 12 * 12 * 32 * 64 * 4
