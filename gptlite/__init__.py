@@ -2,20 +2,23 @@
 
 Where to begin reading, each line resting on the ones above it:
 
-    model.py          the GPT: one class, its attention a function, its cache an argument
-    kv_cache.py       the keys and values of the past, and what a compiler wants of them
-    generate.py       prefill, decode, and the loop around them
-    corpus.py         the plays;  checkpoints.py  the trained weights;  train/  how they came about
+    model.py        the GPT: one class, its attention a function, its cache an argument
+    kv_cache.py     the keys and values of the past, and what a compiler wants of them
+    generate.py     prefill, decode, and the loop around them
+    corpus.py       the plays
+    checkpoints.py  the trained weights, in tensor_files.py's form
+    train/          how they came about, with muon.py
 
 A technique swaps a part of that model, and knows no other technique:
 
-    smaller_caches    fewer heads, tokens or bits        compilation      fewer and faster operators
-    quantization/     fewer bits a weight                flash_attention/ no square of scores
-    pruning/          fewer weights                      onnx_export/     no Python
-    distillation/     a smaller model                    kernels/         the C++ under some of them
+    compilation/    fewer, faster operators         distillation/     a smaller model, taught
+    quantization/   fewer bits a weight             flash_attention/  no square of scores
+    pruning/        fewer weights                   smaller_caches/   fewer heads, tokens, bits
+    onnx_export/    no Python                       kernels/          the C++ under some of them
 
-What a technique gains is counted in costs.py, timed by bench.py, predicted by roofline.py from what calibration.py
-has measured, kept by results.py and put on the page by show.py. The rules of imports in pyproject.toml are this map.
+What a technique gains is counted in costs.py, timed by bench.py, predicted by roofline.py from
+what calibration.py has measured, kept by results.py and put on the page by show.py. The rules of
+imports in pyproject.toml are this map.
 """
 
 __version__ = "0.1.0"

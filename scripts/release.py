@@ -1,8 +1,8 @@
 """Make a release: python scripts/release.py 0.2.0
 
-It writes the version into the package, CITATION.cff, the changelog and the setup cells, builds the
-wheel into dist/, tries it outside the checkout, commits and tags. Nothing is pushed. What fails
-leaves the checkout as it was.
+It writes the version into the package, CITATION.cff, the changelog and the setup cells, builds
+the wheel into dist/, tries it outside the checkout, commits and tags. Nothing is pushed. What
+fails leaves the checkout as it was.
 """
 
 import re
@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("pyproject.toml", "README.md", "LICENSE")  # beside the package, to build it
 
-# run where no checkout is on the path: the model, the cache, the kernels' sources, and the sentence
-# that says where the trained weights are
+# run where no checkout is on the path: the model, the cache, the kernels' sources, and the
+# sentence that says where the trained weights are
 TRY = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -1,4 +1,6 @@
-"""Say where the repository is: python scripts/notebooks/set_address.py https://github.com/OWNER/REPO
+"""Say where the repository is.
+
+python scripts/notebooks/set_address.py https://github.com/OWNER/REPO
 
 The address stands in _config.yml; this writes it there and into everything that follows it:
 README.md, CITATION.cff, and the setup cell and the link to Colab of each notebook. Without an
