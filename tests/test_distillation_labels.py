@@ -289,6 +289,23 @@ def test_missing_truncated_and_broken_stores(tmp_path, corpus, teacher):
             LabelStore(tmp_path, corpus)
 
 
+def test_a_flipped_bit_is_found(tmp_path, corpus, teacher):
+    write_labels(tmp_path, teacher, corpus, T, n=20)
+    content = bytearray((tmp_path / "labels.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "labels.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"labels\.bin has SHA-256 .*; delete the folder"):
+        LabelStore(tmp_path, corpus)
+
+
+def test_labels_of_before_there_were_digests_are_read(tmp_path, corpus, teacher):
+    write_labels(tmp_path, teacher, corpus, T, n=20)
+    about = json.loads((tmp_path / "about.json").read_text())
+    del about["sha256"]
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    assert len(LabelStore(tmp_path, corpus, teacher)) == 20
+
+
 def test_bad_numbers(tmp_path, corpus, teacher, store):
     for k in (0, V + 1):
         with pytest.raises(

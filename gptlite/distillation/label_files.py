@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from gptlite.files import check_sha256, write_atomically
+
 KEYS = {"teacher", "corpus", "n", "T", "V", "k", "done"}  # of about.json
 
 
@@ -93,6 +95,21 @@ def refuse_others(path: Path, there: dict[str, Any], about: dict[str, Any]) -> N
             f"the labels at {path} are others ({', '.join(changed)}); "
             "delete them or choose another path."
         )
+
+
+def seal(path: Path) -> None:
+    """Note the digest of labels that are whole, by which a flipped bit is found."""
+    about = read_about(path)
+    digest = hashlib.sha256((path / "labels.bin").read_bytes()).hexdigest()
+    write_atomically(path / "about.json", json.dumps(about | {"sha256": digest}).encode())
+
+
+def check_labels(path: Path, about: dict[str, Any]) -> None:
+    """A ValueError if the labels have not the size or the digest that about.json says."""
+    file = path / "labels.bin"
+    check_size(file, label_bytes(about["n"], about["T"], about["V"], about["k"]))
+    if "sha256" in about:
+        check_sha256(file, about["sha256"], "delete the folder")
 
 
 def check_size(path: Path, expected: int) -> None:

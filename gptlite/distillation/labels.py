@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from gptlite.corpus import Corpus, draw_windows, windows
 from gptlite.distillation.label_files import (
-    check_size,
+    check_labels,
     fingerprint,
     label_bytes,
     open_store,
     read_about,
     record_dtype,
     refuse_others,
+    seal,
 )
 from gptlite.files import write_atomically
 
@@ -41,8 +42,7 @@ def write_labels(
 ) -> "LabelStore | None":
     """Keep the teacher's answers to the first n windows of the training text (default: all).
 
-    Interrupted, it goes on where it was; a store of another teacher, text or kind is refused.
-    `stop_after` ends at the first batch that reaches this window, as a kill would: None.
+    Interrupted, as by `stop_after` windows (then None), it goes on; other labels are refused.
     """
     from tqdm.auto import tqdm
 
@@ -50,8 +50,8 @@ def write_labels(
     n = whole if n is None else n
     if not 1 <= n <= whole:
         raise ValueError(f"n is {n}, but the text has from 1 to {whole} windows of {T} tokens.")
-    of = {"teacher": fingerprint(teacher), "corpus": corpus.fingerprint}
-    about = {**of, "n": n, "T": T, "V": V, "k": k}
+    whose = {"teacher": fingerprint(teacher), "corpus": corpus.fingerprint}
+    about = {**whose, "n": n, "T": T, "V": V, "k": k}
     done = open_store(path, about)
     labels = np.memmap(path / "labels.bin", record_dtype(V, k), "r+", shape=(n, T))
     left = windows(corpus.train[done * T : n * T + 1], T=T, B=B) if done < n else ()
@@ -68,6 +68,7 @@ def write_labels(
             done += len(x)
             write_atomically(path / "about.json", json.dumps({**about, "done": done}).encode())
             bar.update(len(x))
+    seal(path)
     return LabelStore(path, corpus)
 
 
@@ -107,7 +108,7 @@ class LabelStore(torch.utils.data.Dataset):
             )
         self.path, self.tokens = path, corpus.train
         self.nbytes = label_bytes(self.n, self.T, self.V, self.k)
-        check_size(path / "labels.bin", self.nbytes)
+        check_labels(path, about)
         self._opened: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
