@@ -185,11 +185,12 @@ def _html(drawings: list[_Drawing], alt: str) -> str:
         width = f"width:{one.natural()}px;min-width:{one.least()}px;max-width:100%"
         content = one.element(image, width)
     else:
-        # a line is broken where a panel would have less than four fifths of its width
+        # a line is broken where a panel would have less than four fifths of its width; on a
+        # phone no two stand side by side
         panels = [
-            f'<div style="flex:1 1 {0.8 * one.natural():.0f}px;max-width:{one.natural()}px;'
-            f'min-width:{one.least()}px">{one.element(unseen, "display:block;width:100%")}'
-            "</div>"
+            f'<div style="flex:{one.natural()} 1 {max(0.8 * one.natural(), 160):.0f}px;'
+            f'max-width:{one.natural()}px;min-width:{one.least()}px">'
+            f"{one.element(unseen, 'display:block;width:100%')}</div>"
             for one in drawings
         ]
         flow = "display:flex;flex-wrap:wrap;align-items:flex-end;gap:0.5em 1em"

@@ -1,4 +1,4 @@
-"""What the pages without code compute: facts of a checkpoint, its losses drawn, and recorded results."""
+"""What the pages compute: facts of a checkpoint, its losses drawn, recorded results."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def test_facts_are_read_from_the_file(a_checkpoint):
 
 
 def test_a_run_is_set_beside_nanogpts(a_checkpoint, monkeypatch):
-    """As many characters as nanoGPT's 81.92 million; a million parameters cost six FLOPs each for each of them."""
+    """As many characters as nanoGPT's 81.92 million, each of six FLOPs a parameter."""
     info = book_extension.run_info("tiny")
     info["train"] |= {"steps": 10_000, "batch_size": 32}
     info["config"]["block_size"], info["parameters"] = 256, 10**6
@@ -130,8 +130,9 @@ def test_the_lengths_of_a_run(a_checkpoint, monkeypatch):
 
 def test_recorded_results_name_value_spread_and_command():
     machine = Machine(
-        name="A processor", device="cpu", threads=2, read_bandwidth=2e10, read_kernel="sum", matvec=[[1e6, 2e10]],
-        flops={"float32": 1e11}, overhead=5e-6, date="2026-11-24", torch="2.13.0",
+        name="A processor", device="cpu", threads=2, read_bandwidth=2e10, read_kernel="sum",
+        matvec=[[1e6, 2e10]], flops={"float32": 1e11}, overhead=5e-6,
+        date="2026-11-24", torch="2.13.0",
     )  # fmt: skip
     measured = results.Measurement(
         "decode",

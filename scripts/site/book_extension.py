@@ -1,6 +1,6 @@
-"""A Sphinx extension: computed facts on pages without code, MathJax beside the pages, the address of the site.
+"""A Sphinx extension: computed facts, drawings of notebooks, MathJax, the address of the site.
 
-No number is typed by hand: `{trained}` and the two directives read the checkpoints and the recorded results.
+No number is typed by hand: `{trained}` and the directives read checkpoints and results.
 """
 
 import gzip
@@ -25,9 +25,8 @@ from sphinx.util.docutils import SphinxRole
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ROOT / "assets" / "checkpoints"
 RECORDS = ROOT / "assets" / "results" / "training"
-NANOGPT_TOKENS = (
-    5000 * 64 * 256
-)  # max_iters * batch_size * block_size of its config/train_shakespeare_char.py
+# max_iters * batch_size * block_size of its config/train_shakespeare_char.py
+NANOGPT_TOKENS = 5000 * 64 * 256
 
 
 def runs() -> dict[str, Path]:
@@ -39,7 +38,7 @@ def runs() -> dict[str, Path]:
 
 
 def run_info(name: str) -> dict[str, Any]:
-    """What a run of `gptlite.train` says of itself, in its checkpoint or, where no weights were kept, in its record."""
+    """Return what a run of `gptlite.train` says of itself, in its checkpoint or its record."""
     path = runs().get(name)
     if path is None:
         raise ExtensionError(
@@ -59,9 +58,8 @@ def facts(name: str) -> dict[str, str]:
     """The facts of a checkpoint that a page may quote, as text."""
     info = run_info(name)
     train, config = info["train"], info["config"]
-    parts = [
-        (train, train["steps"])
-    ]  # a run that began with the weights of another has seen that one's tokens, too
+    # a run that began with the weights of another has seen that one's tokens, too
+    parts = [(train, train["steps"])]
     if "start" in info:
         parts.append((info["start"]["train"], info["start"]["steps"]))
     tokens = sum(steps * of["batch_size"] for of, steps in parts) * config["block_size"]
@@ -131,7 +129,7 @@ class MarkdownDirective(Directive):
 
 
 class Checkpoints(MarkdownDirective):
-    """```{checkpoints}```: a table of every checkpoint that comes with the book, and of the runs recorded without."""
+    """```{checkpoints}```: a table of the book's checkpoints and of runs recorded without."""
 
     def markdown(self) -> list[str]:
         """One row a checkpoint, and the commands below."""
@@ -140,7 +138,8 @@ class Checkpoints(MarkdownDirective):
         )
         rows = {name: facts(name) for name in names}
         lines = [
-            "| | parameters | corpus | tokens seen | nats a character, held out | bits | minutes |"
+            "| | parameters | corpus | tokens seen | nats a character, held out "
+            "| bits | minutes |"
         ]
         lines.append("|:--|--:|:--|--:|--:|--:|--:|")
         for name, f in rows.items():
@@ -176,7 +175,7 @@ class TrainingCurve(Directive):
 
 
 def learning_rates(info: dict[str, Any]) -> list[float]:
-    """The learning rate of each step as a share of the highest, on the schedule of the length that it then had."""
+    """Return the learning rate of each step, of the length it then had, as a share."""
     from gptlite.train import TrainConfig, lr_factor
 
     rates: list[float] = []
@@ -194,34 +193,31 @@ def training_curve(name: str) -> str:
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    from gptlite import show
+    from gptlite.colors import COLORS
+    from gptlite.figures import figure_html, style
 
     info = run_info(name)
     log, steps = info["log"], info["train"]["steps"]
     losses = log["train_loss"]
-    show.style()
-    fig, ax = plt.subplots(figsize=(6.2, 3.2))
+    style()
+    fig, ax = plt.subplots(figsize=(5.5, 3.2))
     window = max(1, steps // 100)
-    smooth = [
-        sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1])
-        for i in range(len(losses))
-    ]
+    recent = (losses[max(0, i - window) : i + 1] for i in range(len(losses)))
+    smooth = [sum(some) / len(some) for some in recent]
     ax.plot(
         range(1, len(losses) + 1),
         smooth,
-        color=show.COLORS["blue"],
+        color=COLORS["blue"],
         label=f"training, mean of {window} steps",
     )
     if log["val_loss"]:
         ax.plot(
             *zip(*log["val_loss"], strict=True),
             "o-",
-            color=show.COLORS["orange"],
+            color=COLORS["orange"],
             label="a part of the held-out text",
         )
-    ax.plot(
-        steps, info["val_loss"], "s", color=show.COLORS["red"], label="all of it, at the end"
-    )
+    ax.plot(steps, info["val_loss"], "s", color=COLORS["red"], label="all of it, at the end")
     rates = learning_rates(info)
     ax.fill_between(
         range(1, steps + 1),
@@ -236,18 +232,19 @@ def training_curve(name: str) -> str:
     low = min(losses[-1], info["val_loss"])
     ax.set_ylim(low - 0.15, min(max(losses), low + 1.6))
     ax.legend()
+    again = " and, after it was raised once more, again" if "prolonged" in log else ""
     alt = (
-        f"Training and held-out loss of the {name} over {steps} steps. Shaded, the learning rate: high at first, then "
-        f"falling in a straight line{' and, after it was raised once more, again' if 'prolonged' in log else ''}. "
+        f"Training and held-out loss of the {name} over {steps} steps. Shaded, the learning "
+        f"rate: high at first, then falling in a straight line{again}. "
         f"The held-out loss ends at {info['val_loss']:.3f} nats a character."
     )
-    markup = show.figure_html(fig, alt)
+    markup = figure_html(fig, alt)
     plt.close(fig)
     return markup
 
 
 class RecordedResults(Directive):
-    """```{recorded-results}```: every measurement in assets/results, a section for each machine."""
+    """```{recorded-results}```: every measurement in assets/results, by machine."""
 
     def run(self) -> list[nodes.Node]:
         """The sections."""
@@ -264,7 +261,7 @@ class RecordedResults(Directive):
 
 
 def results_of_machine(recorded: Any) -> list[str]:
-    """The Markdown lines of one `gptlite.results.Results`: the calibration, the measurements, how to repeat them."""
+    """Return the Markdown lines of a machine's calibration, measurements and commands."""
     from gptlite.units import quantity
 
     machine = recorded.machine
@@ -273,8 +270,8 @@ def results_of_machine(recorded: Any) -> list[str]:
     )
     lines = [
         f"Calibrated on {machine.date} with torch {machine.torch}: reads memory at "
-        f"{quantity(machine.read_bandwidth / 1e9, 'GB/s')}, multiplies matrices at {rates}, and takes "
-        f"{quantity(machine.overhead, 's')} to start an operator.",
+        f"{quantity(machine.read_bandwidth / 1e9, 'GB/s')}, multiplies matrices at {rates}, "
+        f"and takes {quantity(machine.overhead, 's')} to start an operator.",
         "",
         "| | median | quartiles | measured | with torch |",
         "|:--|--:|--:|--:|--:|",
@@ -299,7 +296,7 @@ def results_of_machine(recorded: Any) -> list[str]:
 
 
 class TryIt(Directive):
-    """```{try-it}```: the model in the page, with the sizes of what it downloads, or why it is not there."""
+    """```{try-it}```: the model in the page, and what it downloads, or why it is not there."""
 
     def run(self) -> list[nodes.Node]:
         """The app's HTML, or its fallback where the model was left out of this build."""
@@ -307,7 +304,7 @@ class TryIt(Directive):
 
 
 def try_it(app: Path) -> str:
-    """The HTML of the app that `scripts/site/static_apps.py` put into a folder, or of the fallback if it is not there."""
+    """Return the HTML of the app in a folder, or the fallback if static_apps.py left it out."""
     from gptlite.units import quantity
 
     source = ROOT / "assets" / "try_it"
@@ -324,7 +321,10 @@ def try_it(app: Path) -> str:
 
 
 def name_folded_cells(app: Sphinx, doctree: nodes.document) -> None:
-    """Say what a hidden cell is: code, or the NAME of a first line `#@title NAME` (Colab's way), which is dropped."""
+    """Say what a hidden cell is: code, or the NAME of its first line `#@title NAME`.
+
+    That is Colab's way; the line itself is dropped.
+    """
     for cell in doctree.findall(nodes.container):
         if cell.get("hide_mode") == "input":
             cell["prompt_show"] = cell["prompt_hide"] = "Code"
@@ -377,13 +377,16 @@ def set_addresses(app: Sphinx, config: Any) -> None:
 def name_list_items(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
-    """Call the entries of a bibliography items of its list, as screen readers expect; docutils has an older role."""
+    """Call the entries of a bibliography items of its list, as screen readers expect."""
     if "citation-list" in context.get("body", ""):
         context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
 
 
 def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
-    """Put MathJax beside the pages, so that reading asks no other host: one script and its fonts, of 24 MB shipped."""
+    """Put MathJax beside the pages, so that reading asks no other host.
+
+    It is one script and its fonts, of the 24 MB that are shipped.
+    """
     if error or app.builder.format != "html":
         return
     spec = importlib.util.find_spec("sphinx-mathjax-offline")
@@ -401,7 +404,10 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
 
 
 def lighten(app: Sphinx, error: Exception | None) -> None:
-    """Take from the site what no reader needs: 1.5 MB of icons as a script (the style has them as fonts), maps."""
+    """Take from the site what no reader needs: maps, and 1.5 MB of icons as a script.
+
+    The style has the icons as fonts.
+    """
     static = Path(app.outdir) / "_static"
     if error or not static.exists():
         return

@@ -1,4 +1,7 @@
-"""Take the picture of a page that README shows: python scripts/site/screenshot.py (after `make book`)."""
+"""Take the picture of a page that README shows, after `make book`.
+
+python scripts/site/screenshot.py
+"""
 
 import shutil
 import sys
@@ -34,13 +37,12 @@ def main() -> None:
     """The command line."""
     from playwright.sync_api import sync_playwright
 
-    site, chromium = (
-        ROOT / "_build" / "html",
-        shutil.which("chromium") or shutil.which("google-chrome"),
-    )
+    site = ROOT / "_build" / "html"
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit(
-            "There is no Chromium here; install it (on Debian and Ubuntu: apt-get install chromium)."
+            "There is no Chromium here; install it (on Debian and Ubuntu: apt-get install"
+            " chromium)."
         )
     if not (site / PAGE).exists():
         sys.exit("The book is not built; run `make book` first.")
@@ -52,9 +54,8 @@ def main() -> None:
         page.goto(f"{address}/{PAGE}")
         page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise")
         page.evaluate("MathJax.startup.promise")
-        page.evaluate(
-            "document.querySelector('.cell_output figure, .cell_output svg').scrollIntoView({block: 'center'})"
-        )
+        first = "document.querySelector('.cell_output figure, .cell_output svg')"
+        page.evaluate(f"{first}.scrollIntoView({{block: 'center'}})")
         page.wait_for_timeout(500)  # the table of contents follows
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=str(PICTURE))
