@@ -56,9 +56,6 @@ class Ratio:
         return f"{median}x ({low} to {high})"
 
 
-timing = Timing.of
-
-
 def ratio(a: Timing, b: Timing) -> Ratio:
     """The speed-up of b over a: a / b, round by round, of two timings of `measure_alternately`.
 

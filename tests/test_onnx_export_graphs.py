@@ -249,6 +249,20 @@ def test_inside_a_module_only_its_operators_are_left(exports):
         inside(exports["gpt"], "h.2")
 
 
+def test_a_model_too_large_for_shapes_to_be_inferred_is_read_without(monkeypatch):
+    from google.protobuf.message import EncodeError
+
+    def infer_shapes(*args, **kwargs):
+        raise EncodeError("Failed to serialize proto")
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", infer_shapes)
+    nodes = [helper.make_node("Relu", ["x"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    ends = [helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, [3]) for end in "xy"]
+    graph = read(helper.make_model(helper.make_graph(nodes, "two", ends[:1], ends[1:])))
+    assert [node.op for node in graph.nodes] == ["Relu", "Relu"]
+    assert graph.shapes == {"x": "3", "y": "3"}
+
+
 @pytest.mark.parametrize(
     ("op", "domain", "kind"),
     [
