@@ -1,4 +1,4 @@
-"""What pytest needs to know about this repository: where its scripts are, and what nbval compares."""
+"""What pytest needs to know about this repository: where scripts are, what nbval compares."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,8 @@ from pathlib import Path
 SCRIPTS = Path(__file__).parent / "scripts"
 sys.path[:0] = [str(SCRIPTS / folder) for folder in ("", "experiments", "notebooks", "site")]
 
-# A drawing follows Matplotlib's version and HTML its maker's; what is compared is text, Markdown and stdout.
+# A drawing follows Matplotlib's version and HTML its maker's:
+# what is compared is text, Markdown and stdout.
 NOT_COMPARED = (
     "application/vnd.gptlite.figure+html", "image/svg+xml", "text/html", "stderr",
 )  # fmt: skip

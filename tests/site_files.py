@@ -21,7 +21,7 @@ SOURCES = (
 
 @cache
 def built_site() -> Path:
-    """The folder of the site; built first if it is missing or older than what it is made from."""
+    """The folder of the site, built first if it is missing or older than its sources."""
     made = (SITE / "index.html").stat().st_mtime if (SITE / "index.html").exists() else 0.0
     changed = max(path.stat().st_mtime for pattern in SOURCES for path in ROOT.glob(pattern))
     if made < changed:

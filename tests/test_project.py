@@ -1,4 +1,4 @@
-"""What holds the project together: import rules, versions, addresses; what the Makefile says where something lacks."""
+"""What holds the project together: import rules, versions, addresses, the Makefile's words."""
 
 import importlib.metadata
 import re
@@ -29,7 +29,7 @@ def test_imports_run_one_way():
 
 
 def test_a_technique_that_imports_another_is_found(tmp_path):
-    """The rules above are not empty: a copy of the package in which the model imports the cache breaks them."""
+    """The rules are not empty: a copy in which the model imports the cache breaks them."""
     shutil.copytree(ROOT / "gptlite", tmp_path / "gptlite")
     model = tmp_path / "gptlite" / "model.py"
     model.write_text("from gptlite import kv_cache\n" + model.read_text())
@@ -42,7 +42,8 @@ def test_a_technique_that_imports_another_is_found(tmp_path):
 
 def test_importing_a_module_loads_nothing_heavy():
     heavy = ["transformers", "matplotlib", "onnx", "onnxruntime", "torchao", "IPython"]
-    code = f"import sys, gptlite.kv_cache, gptlite.show; print([m for m in {heavy} if m in sys.modules])"
+    code = "import sys, gptlite.kv_cache, gptlite.show; "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
     assert run(sys.executable, "-c", code).stdout.strip() == "[]"
 
 
@@ -59,7 +60,7 @@ def test_every_requirement_is_pinned():
     ]
     lines = [line.partition("#")[0].strip() for line in lines]
     loose = [line for line in lines if line and not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
-    # each release of Netron stops working half a year after it was built, so that one version cannot be kept
+    # a release of Netron stops working half a year after it was built: none can be kept
     assert [re.split("[<>=]", line)[0] for line in loose] == ["netron"]
 
 
@@ -76,8 +77,10 @@ def test_one_address_everywhere():
 
 def test_the_address_moves_and_nothing_else_does():
     text = (
-        "see https://github.com/a/b/blob/main/x, https://github.com/a/bc, https://a.github.io/b/ "
-        "and https://colab.research.google.com/github/a/b/blob/main/y; https://github.com/karpathy/nanoGPT stays"
+        "see https://github.com/a/b/blob/main/x, https://github.com/a/bc, "
+        "https://a.github.io/b/ "
+        "and https://colab.research.google.com/github/a/b/blob/main/y; "
+        "https://github.com/karpathy/nanoGPT stays"
     )
     moved = set_address.follow(text, "a/b", "New/book")
     assert "github.com/New/book/blob/main/x" in moved
@@ -124,7 +127,8 @@ def test_a_missing_venv_module_is_named(tmp_path, monkeypatch):
             "is there a network?",
         ),
         (
-            "ERROR: Could not find a version that satisfies x\nERROR: No matching distribution found for x",
+            "ERROR: Could not find a version that satisfies x\n"
+            "ERROR: No matching distribution found for x",
             "lacks a package",
         ),
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
@@ -139,6 +143,6 @@ def test_a_failed_install_says_why(tmp_path, monkeypatch, said, sentence):
 
 
 def test_the_install_script_is_read_by_an_old_python():
-    """It has to say that a Python is too old, so it may use nothing that an old one cannot parse."""
+    """It says that a Python is too old, so it may use nothing that an old one cannot parse."""
     source = (ROOT / "scripts" / "make_venv.py").read_text()
     assert not re.search(r"\bf[\"']|:=|\bmatch \w+:|-> |: (?:str|int|Path)\b", source)

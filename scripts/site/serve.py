@@ -14,7 +14,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 
 def make_server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
-    """A server for `folder` on the loopback address; port 0 takes a free one (see `server_port`)."""
+    """A server for `folder` on the loopback address; port 0 takes a free `server_port`."""
     return ThreadingHTTPServer(
         ("127.0.0.1", port), partial(QuietHandler, directory=str(folder))
     )

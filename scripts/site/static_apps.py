@@ -1,11 +1,13 @@
-"""Fill _build/apps with the two apps that the site serves beside its pages: python scripts/site/static_apps.py.
+"""Fill _build/apps with the two apps that the site serves beside its pages.
+
+python scripts/site/static_apps.py [_build]
 
 - Netron, from the installed package, with the graph files it opens: `netron/` and `graphs/`.
 - The model in the page, with onnxruntime-web from npm and the files of the model: `try_it/`.
 
-Jupyter Book copies what is in _build/apps to the site's root (`html_extra_path`). An app is whole, or it is left out
-with one warning: the pages then show their fallback. What takes long to make is kept in _build/parts, beside a digest
-of what it was made from.
+build_book.py copies what is in _build/apps to the site's root. An app is whole, or it is left
+out with one warning: the pages then show their fallback. What takes long to make is kept in
+_build/parts, beside a digest of what it was made from.
 """
 
 import base64
@@ -33,19 +35,24 @@ STAMP = ".made_from"
 
 # Netron reads a hundred formats; these files are what it needs for ONNX
 NETRON_SCRIPTS = (
-    "index view base text flatbuffers flexbuffers zip tar python json xml protobuf hdf5 grapher browser "  # to start
-    "worker dagre onnx onnx-proto onnx-schema"  # to open a file
+    # to start
+    "index view base text flatbuffers flexbuffers zip tar python json xml protobuf hdf5 "
+    "grapher browser "
+    # and to open a file
+    "worker dagre onnx onnx-proto onnx-schema"
 )
 NETRON_FILES = [f"{name}.js" for name in NETRON_SCRIPTS.split()]
 NETRON_FILES += ["index.html", "grapher.css", "favicon.ico", "icon.png", "onnx-metadata.json"]
-# Version 0.0.0 sends no telemetry, a type other than "Browser" loads no other formats in advance, and the reader's
-# browser refuses every other host. Without a date the page does not lock itself after 180 days.
+# Version 0.0.0 sends no telemetry, a type other than "Browser" loads no other formats in
+# advance, and the reader's browser refuses every other host. Without a date the page does not
+# lock itself after 180 days.
 NETRON_EDITS = {
     "index.html": [
         (
             r'<meta name="version" content="[^"]*">',
             '<meta name="version" content="0.0.0">\n<meta name="type" content="Static">\n'
-            """<meta http-equiv="Content-Security-Policy" content="connect-src 'self'; img-src 'self' data: blob:">""",
+            '<meta http-equiv="Content-Security-Policy" '
+            """content="connect-src 'self'; img-src 'self' data: blob:">""",
         ),
         (r'<meta name="date" content="[^"]*">\n', ""),
     ],
@@ -53,7 +60,8 @@ NETRON_EDITS = {
 }
 
 ORT = "onnxruntime-web@1.30.0"
-ORT_INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+ORT_INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4r"
+ORT_INTEGRITY += "KY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 ORT_FILES = (
     "ort.wasm.bundle.min.mjs",
     "ort-wasm-simd-threaded.mjs",
@@ -64,18 +72,20 @@ MIT = """MIT License
 
 Copyright (c) {holder}
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated \
-documentation files (the "Software"), to deal in the Software without restriction, including without limitation the \
-rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit \
-persons to whom the Software is furnished to do so, subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software \
+and associated documentation files (the "Software"), to deal in the Software without \
+restriction, including without limitation the rights to use, copy, modify, merge, publish, \
+distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the \
+Software is furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the \
-Software.
+The above copyright notice and this permission notice shall be included in all copies or \
+substantial portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE \
-WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR \
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR \
-OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING \
+BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND \
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, \
+DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING \
+FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """  # neither package has the text that its metadata names
 
 
@@ -92,10 +102,11 @@ def version(package: str) -> str:
 
 
 def write_netron(folder: Path) -> None:
-    """Netron's page, from the installed package, so that it opens ONNX files of this site and asks no other host."""
+    """Netron's page, which opens the ONNX files of this site and asks no other host."""
     if not (found := version("netron")).startswith("9."):
         raise AppError(
-            f"netron {found} is installed, but the static copy is made from a 9.x; pip install 'netron<10'"
+            f"netron {found} is installed, but the static copy is made from a 9.x; "
+            "pip install 'netron<10'"
         )
     source = Path(importlib.util.find_spec("netron").origin).parent
     folder.mkdir(parents=True)
@@ -111,7 +122,8 @@ def write_netron(folder: Path) -> None:
             text, count = re.subn(pattern, new, text)
             if count != 1:
                 raise AppError(
-                    f"{name} of netron {found} has {pattern!r} {count} times, not once; see NETRON_EDITS"
+                    f"{name} of netron {found} has {pattern!r} {count} times, not once; "
+                    "see NETRON_EDITS"
                 )
         (folder / name).write_text(text, encoding="utf-8")
     notice = (
@@ -135,7 +147,7 @@ def run_npm(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def write_ort(folder: Path) -> None:
-    """The three files of onnxruntime-web that run on the CPU, out of npm's archive once its checksum is right."""
+    """The files of onnxruntime-web for the CPU, from npm's archive if its checksum is right."""
     patience = (
         "--fetch-retries=1",
         "--fetch-retry-mintimeout=1000",
@@ -151,9 +163,8 @@ def write_ort(folder: Path) -> None:
         archive = next(Path(temporary).glob("*.tgz"), None)
         if done.returncode or archive is None:
             code = re.search(r"npm (?:error|ERR!) code (\w+)", done.stderr)
-            raise AppError(
-                f"npm did not fetch {ORT} ({code[1] if code else 'no reason given'}); is there a network?"
-            )
+            reason = code[1] if code else "no reason given"
+            raise AppError(f"npm did not fetch {ORT} ({reason}); is there a network?")
         integrity = (
             "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
         )
@@ -192,7 +203,7 @@ def made_from(paths: Iterable[Path], *facts: str) -> str:
 
 
 def onnx_sources() -> str:
-    """What the ONNX files are made from, as a digest: the script with what it imports, the teacher, the exporters."""
+    """A digest of what makes the ONNX files: the script, its imports, teacher and exporters."""
     packages = [
         f"{name} {version(name)}" for name in ("torch", "onnx", "onnxscript", "onnxruntime")
     ]
@@ -202,7 +213,10 @@ def onnx_sources() -> str:
 
 
 def kept(folder: Path, digest: str, write: Callable[[Path], None]) -> Path:
-    """`folder`, written anew unless it was made from the same: `write` gets an empty folder and may fail halfway."""
+    """`folder`, written anew unless it was made from the same.
+
+    `write` gets an empty folder, and may fail halfway.
+    """
     stamp = folder / STAMP
     if stamp.exists() and stamp.read_text() == digest:
         return folder
@@ -248,7 +262,7 @@ APPS = {"Netron in the page": add_netron, "the model in the page": add_try_it}
 
 
 def fill(build: Path) -> None:
-    """Write `build`/apps anew. An app that cannot be made is left out, and one line says which and why."""
+    """Write `build`/apps anew, without an app that cannot be made: one line says why not."""
     build.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build) as temporary:
         apps = Path(temporary) / "apps"
