@@ -69,7 +69,7 @@ def open_store(path: Path, about: dict[str, Any]) -> int:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What about.json says of the labels at `path`."""
+    """The description of the labels at `path`, which is their about.json."""
     try:
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -100,7 +100,7 @@ def sparsity_at(step: int, steps: int, final: float) -> float:
 
 
 def gradual_pruning(final: float, steps: int, every: int = 5) -> Callable[[GPT, int], None]:
-    """What a training run does before its steps to take ever more of a masked model away.
+    """A function for before each step of training that takes ever more weights away.
 
     Each `every` steps the masks are chosen anew, by magnitude; from step `steps` on they stay.
     """

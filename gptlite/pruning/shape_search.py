@@ -71,7 +71,7 @@ def scaled_config(config: GPTConfig, scale: float) -> GPTConfig:
 def search(
     like: GPTConfig, attempt: Callable[[int, GPTConfig], Tried], trials: int, seed: int = 0
 ) -> list[Tried]:
-    """What became of `trials` shapes; `attempt(i, config)` measures one and may train it.
+    """The `trials` shapes that were tried; `attempt(i, config)` measures one and may train it.
 
     The tree-structured Parzen estimator weighs all choices of a shape together. What was too
     slow counts as worse than all that was not. The choices follow from the seed and the results

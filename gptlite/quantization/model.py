@@ -17,7 +17,7 @@ PARTS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block, 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What quantizing did to a Linear: bytes before and after, and its error in shares of it.
+    """A Linear's bytes before and after it was quantized, and its error in shares of it.
 
     With calibration the error is that of the layer's output, in root mean square; without, that
     of its weight.

@@ -86,7 +86,7 @@ class NF4Linear(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """What a frozen Linear says, plus alpha / rank times B A x, of which A and B alone learn.
+    """A frozen Linear's answer, plus alpha / rank times B A x, of which A and B alone learn.
 
     B begins at zero, and so the whole begins as the frozen Linear (Hu et al., 2022).
     """
