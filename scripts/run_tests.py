@@ -56,6 +56,7 @@ def quick_parts() -> list[Part]:
     return [
         Part("ruff check", python("-m", "ruff", "check", ".")),
         Part("ruff format", python("-m", "ruff", "format", "--check", ".")),
+        Part("mypy", python("-m", "mypy")),
         Part("stored notebooks", python("scripts/notebooks/check_notebooks.py")),
     ]
 

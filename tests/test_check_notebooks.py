@@ -1,4 +1,4 @@
-"""Each rule is shown to fail on a notebook that breaks it, and on no other; tiny notebooks made here."""
+"""Each rule is shown to fail on a tiny notebook that breaks it, and on no other."""
 
 import re
 import subprocess
@@ -39,7 +39,8 @@ def good_cells():
         text(f"# A chapter\n\nA promise. {setup_cell.colab_line('chapter.ipynb')}"),
         code(setup_cell.setup_cell()),
         text(
-            "## The idea\n\nWith $T = 256$ tokens, $2 \\cdot 6$ values; `5 ms` is code, 32 x 256 a shape."
+            "## The idea\n\nWith $T = 256$ tokens, $2 \\cdot 6$ values; `5 ms` is code, "
+            "32 x 256 a shape."
         ),
         code("from gptlite.show import show", tags=[]),
         code(
@@ -76,6 +77,34 @@ def test_a_good_notebook_has_no_fault(tmp_path):
 BAD_CELLS = {
     "empty": (code(" \n"), "the code cell is empty"),
     "long": (code("\n".join(f"a{i} = {i}" for i in range(26))), "26 lines, but at most 25"),
+    "wide": (
+        code(f"x = '{'-' * 91}'"),
+        "has a line of 97 columns, but at most 96 fit the page",
+    ),
+    "wide listing": (
+        code(
+            "show(f)",
+            output(text_markdown=f"```python\ndef f():\n    # {'-' * 91}\n```"),
+            tags=["nbval-check-output"],
+        ),
+        "the listing has a line of 97 columns",
+    ),
+    "wide file": (
+        code(
+            "show(FOLDER / 'a.h')",
+            output(text_markdown=f"```python\na\n```\n\n```cpp\n// {'-' * 94}\n```"),
+            tags=["nbval-check-output"],
+        ),
+        "the listing has a line of 97 columns",
+    ),
+    "long listing": (
+        code(
+            "show(f)",
+            output(text_markdown="```python\n@cache\ndef f(x):\n" + "    pass\n" * 39 + "```"),
+            tags=["nbval-check-output"],
+        ),
+        "the listing of `def f(x)` has 41 lines, but one object may have at most 40",
+    ),
     "second title": (text("# Another"), "second title"),
     "image without alt": (text("![](figure.png)"), "figure.png has no alt text"),
     "blank alt": (text("![ ](figure.png)"), "figure.png has no alt text"),
@@ -159,6 +188,25 @@ def test_a_bad_cell_is_the_one_fault(tmp_path, case):
 
 GOOD_CELLS = {
     "25 lines": code("\n".join(f"a{i} = {i}" for i in range(25))),
+    "96 columns": code(f"x = '{'-' * 90}'"),
+    "two listings of 40 lines": code(
+        "show(f, g)",
+        output(text_markdown="\n\n".join(["```python\n" + "pass\n" * 40 + "```"] * 2)),
+        tags=["nbval-check-output"],
+    ),
+    "a long and a wide file that is no listing": code(
+        "say(text)", output(text_markdown=f"{'-' * 97}\n" * 41)
+    ),
+    "a long file of C++": code(
+        "show(FOLDER / 'a.h')",
+        output(text_markdown="```cpp\n" + "int a;\n" * 41 + "```"),
+        tags=["nbval-check-output"],
+    ),
+    "a listing with a fence in it": code(
+        "show(f)",
+        output(text_markdown="````python\n```\n" + "pass\n" * 39 + "````"),
+        tags=["nbval-check-output"],
+    ),
     "png with alt": code(
         "f()", v4.new_output("display_data", data=PNG, metadata={"image/png": {"alt": "A."}})
     ),
@@ -185,6 +233,24 @@ GOOD_CELLS = {
 @pytest.mark.parametrize("case", GOOD_CELLS)
 def test_what_looks_like_a_fault_and_is_none(tmp_path, case):
     assert faults(tmp_path, deepcopy(GOOD_CELLS[case])) == []
+
+
+def lines(count, *tags):
+    """A cell of so many lines that displays nothing."""
+    return code("\n".join(f"x = {i}" for i in range(count)), tags=tags)
+
+
+@pytest.mark.parametrize("tag", ["hide-input", "hide-cell", "other"])
+def test_the_median_counts_what_is_not_folded(tmp_path, tag):
+    # three cells of one line stand in the good notebook besides the setup cell
+    longer = [lines(9) for _ in range(4)]
+    [fault] = faults(tmp_path, *map(deepcopy, longer))
+    assert fault == (
+        "chapter.ipynb: the median of its 7 code cells that are not folded is 9 lines, but may "
+        "be at most 8."
+    )
+    assert faults(tmp_path, *longer[1:], lines(8), lines(8)) == []
+    assert bool(faults(tmp_path, *longer[1:], lines(9, tag))) == (tag == "other")
 
 
 TYPED = [

@@ -7,6 +7,7 @@ import sys
 import check_notebooks
 import notebook_files
 import pytest
+import refresh_listings
 import yaml
 from nbformat import v4
 
@@ -49,6 +50,16 @@ def test_every_chapter_compares_its_listings_and_results():
         assert not untagged, (
             f"{path.name} shows source that may go stale: tag {untagged} nbval-check-output"
         )
+
+
+@pytest.mark.parametrize("path", notebook_files.find([]), ids=lambda path: path.stem)
+def test_a_listing_is_the_source_as_it_is(path):
+    """No digest follows a comment or a docstring, so that a chapter is not executed for one."""
+    try:
+        stale = refresh_listings.stale(notebook_files.read(path))
+    except ModuleNotFoundError as missing:
+        pytest.skip(f"the chapter lists what needs a package: {missing}")
+    assert not stale, f"cells {stale} list what the source was; run make refresh NB={path.stem}"
 
 
 def displayed(mime, text):

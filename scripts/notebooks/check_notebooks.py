@@ -236,7 +236,7 @@ def size(notebook: NotebookNode, path: Path) -> Iterator[Fault]:
         yield 0, f"the file has {size} bytes, but must have fewer than {MAX_BYTES}."
 
 
-RULES = (setup, counts, length, title, prose, alt_text, outputs, clean)
+RULES = (setup, counts, length, width, median, listed, title, prose, alt_text, outputs, clean)
 RULES += (myst, size)
 
 
