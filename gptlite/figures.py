@@ -1,15 +1,11 @@
 """Matplotlib's figures as drawings for any page and as pictures; the book's style of them."""
 
-import html
 import io
-import math
-import re
 from collections.abc import Sequence
-from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from gptlite.colors import COLORS
-from gptlite.pictures import LEAST_TEXT, PIXELS, output, small_png
+from gptlite.pictures import PIXELS, drawing, html_figure, output, small_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +46,7 @@ def style() -> None:
 
 def figure_html(fig: "Figure | Sequence[Figure]", alt: str) -> str:
     """Return what the site shows of a figure, as HTML for any page; always the same bytes."""
-    return _html([_drawing(svg.decode()) for svg in _panels(fig, "svg")], alt)
+    return html_figure([drawing(svg.decode()) for svg in _panels(fig, "svg")], alt)
 
 
 def figure_output(
@@ -145,114 +141,3 @@ def _file(fig: "Figure", form: str, box: Any, hidden: "Sequence[Axes]" = ()) -> 
         for ax in seen:
             ax.set_visible(True)
     return file.getvalue()
-
-
-class _Drawing(NamedTuple):
-    """What stands inside an <svg>, and its sides in points."""
-
-    body: str
-    width: float
-    height: float
-
-    def element(self, attributes: str, style: str) -> str:
-        """Return the <svg>."""
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" {attributes} '
-            f'viewBox="0 0 {self.width:.2f} {self.height:.2f}" fill="currentColor" '
-            f'stroke-linejoin="round" style="{style};height:auto">{self.body}</svg>'
-        )
-
-    def natural(self) -> int:
-        """Return its width in pixels where there is room."""
-        return round(self.width * 4 / 3)
-
-    def least(self) -> int:
-        """Return the width in pixels at which the smallest text can still be read."""
-        sizes = re.findall(r"font(?:-size)?: (?:[a-z]+ )*([\d.]+)px", self.body)
-        return math.ceil(LEAST_TEXT * self.width / min(map(float, sizes), default=math.inf))
-
-
-def _html(drawings: list[_Drawing], alt: str) -> str:
-    """Return drawings as one described figure: side by side, or, where narrow, stacked.
-
-    Where even one does not fit, it scrolls in its own box.
-    """
-    if not alt.strip():
-        raise ValueError("alt is empty, but must say in a sentence what the figure shows.")
-    image, unseen = f'role="img" aria-label="{html.escape(alt)}"', 'aria-hidden="true"'
-    if len(drawings) == 1:
-        [one] = drawings
-        width = f"width:{one.natural()}px;min-width:{one.least()}px;max-width:100%"
-        content = one.element(image, width)
-    else:
-        # a line is broken where a panel would have less than four fifths of its width; on a
-        # phone no two stand side by side
-        panels = [
-            f'<div style="flex:{one.natural()} 1 {max(0.8 * one.natural(), 160):.0f}px;'
-            f'max-width:{one.natural()}px;min-width:{one.least()}px">'
-            f"{one.element(unseen, 'display:block;width:100%')}</div>"
-            for one in drawings
-        ]
-        flow = "display:flex;flex-wrap:wrap;align-items:flex-end;gap:0.5em 1em"
-        content = f'<div {image} style="{flow}">{"".join(panels)}</div>'
-    box = 'class="gptlite-figure" style="margin:1em 0;overflow-x:auto"'
-    return f"<figure {box}>{content}</figure>"
-
-
-# a drawing's <style> would reach every other drawing of the page; its rules become attributes
-# of the root instead
-_DOCUMENT = re.compile(
-    r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", re.DOTALL
-)
-_LEGEND_BOX = re.compile(
-    r'(id="legend_\d+">\s*<g id="patch_\d+">\s*<path d="[^"]*" style=")fill: #ffffff'
-)
-
-
-_NUMBER = re.compile(r"<text>((?:<tspan [^>]*>[\d.−]+</tspan>)+)</text>")
-
-
-def _drawing(svg: str) -> _Drawing:
-    """Return the content of Matplotlib's document, small and harmless to a page around it."""
-    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
-    assert size is not None
-    body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-    body = _LEGEND_BOX.sub(r"\1fill: none", _DOCUMENT.sub("", body))
-    body = re.sub(r"<[^>]+>", lambda tag: _tidy(tag[0]), body)
-    body = _NUMBER.sub(_in_one_piece, re.sub(r">\s+<", "><", body.strip()))
-    # the transparent background of the figure and of its axes
-    body = re.sub(r'<path d="[^"]*" style="fill: none"/>', "", body)
-    return _Drawing(_unique_ids(body), float(size[1]), float(size[2]))
-
-
-def _in_one_piece(number: re.Match[str]) -> str:
-    """Return a number of a logarithmic axis as one text, not as digits set in another font."""
-    first = re.search(r' y="([^" ]*)[^"]*" style="([^"]*)"', number[0])
-    assert first is not None
-    digits = re.sub("<[^>]*>", "", number[1])
-    return f'<text y="{first[1]}" style="{first[2]}">{digits}</text>'
-
-
-def _tidy(tag: str) -> str:
-    """Return a tag with the text colour and the font of the page, and short numbers."""
-    if "base64," in tag:
-        return tag.replace("\n", "").replace("xlink:href", "href")
-    tag = re.sub(r"\s+", " ", tag).replace("xlink:href", "href")
-    tag = tag.replace("#000000", "currentColor")
-    tag = re.sub(r"font-family: (?:(?:'[^']*', )*sans-serif|'DejaVu Sans')(?:; )?", "", tag)
-    # in the `font:` of Matplotlib before 3.10
-    tag = re.sub(r"(?:'[^']*', )+sans-serif", "sans-serif", tag)
-    return re.sub(
-        r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag
-    )
-
-
-def _unique_ids(body: str) -> str:
-    """Return the drawing with ids of its own, those that nothing refers to dropped."""
-    prefix = "f" + sha256(body.encode()).hexdigest()[:8]
-    used = dict.fromkeys(re.findall(r'(?:url\(|href=")#([\w.-]+)', body))
-    names = {old: f"{prefix}-{i}" for i, old in enumerate(used)}
-    body = re.sub(
-        r' id="([^"]*)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", body
-    )
-    return re.sub(r'(url\(|href=")#([\w.-]+)', lambda m: f"{m[1]}#{names[m[2]]}", body)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlite.colors import COLORS, shades
-from gptlite.figures import figure_html, figure_output, style
+from gptlite.figures import figure_output, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "COLORS",
     "figure",
-    "figure_html",
     "glue",
     "machine_line",
     "say",
