@@ -17,8 +17,8 @@ A technique swaps a part of that model, and knows no other technique:
     onnx_export/    no Python                       kernels/          the C++ under some of them
 
 What a technique gains is counted in costs.py, timed by bench.py, predicted by roofline.py from
-what calibration.py has measured, kept by results.py and put on the page by show.py. The rules of
-imports in pyproject.toml are this map.
+what calibration.py has measured, kept by results.py and put on the page by show.py (figures.py
+and pictures.py draw). The rules of imports in pyproject.toml are this map.
 """
 
 __version__ = "0.1.0"
