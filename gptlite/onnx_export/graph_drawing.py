@@ -58,11 +58,7 @@ def draw_graph(source: Any, alt: str, title: str | None = None) -> Drawing:
         raise ValueError("alt is empty, but must say in a sentence what the drawing shows.")
     graph = read(source)
     svg = _inline_svg(_render(graph, "svg", "-Gbgcolor=transparent").decode(), alt)
-    legend = [
-        '<span style="white-space:nowrap"><span aria-hidden="true"'
-        f' style="color:{color or "inherit"}">{"■" if color else "□"}</span> {meaning}</span>'
-        for color, meaning in _legend(graph)
-    ]
+    legend = [_key(color, meaning) for color, meaning in _legend(graph)]
     caption = " ".join(([f"{html.escape(title)}<br>"] if title else []) + legend)
     drawing = Drawing(
         '<figure class="gptlite-figure" style="margin:1em 0;overflow-x:auto">'
@@ -70,6 +66,13 @@ def draw_graph(source: Any, alt: str, title: str | None = None) -> Drawing:
     )
     drawing.graph, drawing.alt, drawing.heading = graph, alt, title
     return drawing
+
+
+def _key(color: str | None, meaning: str) -> str:
+    """One entry of the legend as HTML: a filled square in a colour, or an empty one."""
+    mark, color = ("■", color) if color else ("□", "inherit")
+    square = f'<span aria-hidden="true" style="color:{color}">{mark}</span>'
+    return f'<span style="white-space:nowrap">{square} {meaning}</span>'
 
 
 def _legend(graph: Graph) -> list[tuple[str | None, str]]:
