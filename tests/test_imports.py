@@ -1,4 +1,4 @@
-"""Importing is free of surprises: torch alone is enough for the core, and nothing happens at import."""
+"""Importing is free of surprises: torch is enough for the core, and nothing happens by it."""
 
 import json
 import os
@@ -18,10 +18,12 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}")
 
 sys.meta_path.insert(0, Missing())
-import gptlite.kv_cache, gptlite.generate, gptlite.model, gptlite.corpus, gptlite.device, gptlite.muon
+import gptlite.kv_cache, gptlite.generate, gptlite.model
+import gptlite.corpus, gptlite.device, gptlite.muon
 import gptlite.compilation.linears, gptlite.flash_attention.tiles, gptlite.smaller_caches
-import gptlite.quantization.linear, gptlite.quantization.activations, gptlite.quantization.training
-import gptlite.distillation.losses, gptlite.pruning.masks, gptlite.pruning.structure, gptlite.pruning.shape_search
+import gptlite.quantization.linear, gptlite.quantization.activations
+import gptlite.quantization.training, gptlite.distillation.losses
+import gptlite.pruning.masks, gptlite.pruning.structure, gptlite.pruning.shape_search
 from gptlite.generate import generate
 import torch
 
@@ -51,10 +53,12 @@ def state():
 
 before, printed = state(), io.StringIO()
 with contextlib.redirect_stdout(printed):
-    import gptlite.model, gptlite.kv_cache, gptlite.generate, gptlite.corpus, gptlite.train, gptlite.checkpoints
+    import gptlite.model, gptlite.kv_cache, gptlite.generate
+    import gptlite.corpus, gptlite.train, gptlite.checkpoints
     import gptlite.compilation.linears, gptlite.flash_attention.tiles, gptlite.smaller_caches
-    import gptlite.quantization.model, gptlite.quantization.activations, gptlite.quantization.training
-    import gptlite.distillation.labels, gptlite.pruning.masks, gptlite.pruning.structure, gptlite.pruning.shape_search
+    import gptlite.quantization.model, gptlite.quantization.activations
+    import gptlite.quantization.training, gptlite.distillation.labels
+    import gptlite.pruning.masks, gptlite.pruning.structure, gptlite.pruning.shape_search
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 others = ("transformers", "matplotlib", "IPython", "onnx", "torchao", "optuna", "torch._dynamo")

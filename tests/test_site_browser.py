@@ -166,6 +166,13 @@ class PageChecks:
         assert not page.faults
         assert 10_000 < sum(page.sizes) < MAX_BYTES
 
+    def test_no_code_scrolls_sideways(self, page):
+        with unfolded(page):
+            wide = page.evaluate("""() => [...document.querySelectorAll('article pre')]
+                .filter(pre => pre.scrollWidth > pre.clientWidth)
+                .map(pre => pre.textContent.trim().slice(0, 60))""")
+        assert not wide
+
     def test_a_phone_scrolls_only_downwards(self, page):
         with on_a_phone(page), unfolded(page):
             width, widest = page.evaluate("""() => {

@@ -1,4 +1,4 @@
-"""The model in the reader's browser: it writes what PyTorch writes, and whatever fails says what to do."""
+"""The model in the browser: it writes what PyTorch writes, and what fails says what to do."""
 
 import json
 import os
@@ -24,14 +24,18 @@ WAIT = 120_000  # ms, for a busy machine; no test passes by being fast
 RUNTIME = "ort-wasm-simd-threaded.wasm"
 PROMPT = "FLORIZEL:\nWhat you do\n"
 RECORD = """() => {
-    const app = document.querySelector('.try-it'), text = (selector) => app.querySelector(selector)?.textContent ?? '';
+    const app = document.querySelector('.try-it');
+    const text = (selector) => app.querySelector(selector)?.textContent ?? '';
     window.seen = [];
     const look = () => {
-        const state = {status: text('[role=status]'), bytes: text('.bytes'), predicted: text('tbody td'),
-            measured: text('tbody td:last-child'), written: text('[role=log] mark').length};
-        if (JSON.stringify(state) !== JSON.stringify(window.seen.at(-1))) window.seen.push(state);
+        const state = {status: text('[role=status]'), bytes: text('.bytes'),
+            predicted: text('tbody td'), measured: text('tbody td:last-child'),
+            written: text('[role=log] mark').length};
+        const last = JSON.stringify(window.seen.at(-1));
+        if (JSON.stringify(state) !== last) window.seen.push(state);
     };
-    new MutationObserver(look).observe(app, {subtree: true, childList: true, characterData: true});
+    const all = {subtree: true, childList: true, characterData: true};
+    new MutationObserver(look).observe(app, all);
 }"""
 
 
@@ -87,7 +91,7 @@ def open_page(browser, address):
 
 @pytest.fixture(scope="module")
 def page(browser, address):
-    """The page for tests that come one after another to it, so that the models are loaded once."""
+    """The page for tests that come to it one after another, so that models are loaded once."""
     context = browser.new_context()
     yield open_in(context, f"{address}/{PAGE}")
     context.close()
@@ -423,7 +427,8 @@ def test_a_cache_grows_in_place_row_by_row(module):
     grown = module(
         "gpt",
         """({append}) => {
-        const cache = Float32Array.from([1, 2, 11, 12, 21, 22, 0, 0, 0, 0, 0, 0, 0]); // three rows of two, and room
+        // three rows of two, and room
+        const cache = Float32Array.from([1, 2, 11, 12, 21, 22, 0, 0, 0, 0, 0, 0, 0]);
         append(cache, 3, 2, Float32Array.of(3, 13, 23));
         append(cache, 3, 3, Float32Array.of(4, 14, 24));
         return [...cache];
@@ -447,14 +452,17 @@ def test_a_cache_goes_by_the_graphs_names_and_holds_nothing_else(module):
     fed = module(
         "gpt",
         """({Cache}) => {
-        class Tensor { constructor(type, data, dims) { this.data = [...data]; this.dims = dims; } }
+        class Tensor {
+            constructor(type, data, dims) { this.data = [...data]; this.dims = dims; }
+        }
         const session = {inputNames: ['idx', 'past.k0', 'past.v0']};
         const cache = new Cache({Tensor}, session, {n_kv_head: 2, head_dim: 1, block_size: 3});
         const fresh = (...data) => ({data: Float32Array.from(data)});
         const empty = cache.feed();
         cache.take({'new.k0': fresh(1, 2, 11, 12), 'new.v0': fresh(5, 6, 15, 16)}, 2);
         cache.take({'new.k0': fresh(3, 13), 'new.v0': fresh(7, 17)}, 1);
-        return [empty, cache.feed()].map((inputs) => Object.entries(inputs).map(([k, t]) => [k, t.data, t.dims]));
+        const entries = (inputs) => Object.entries(inputs).map(([k, t]) => [k, t.data, t.dims]);
+        return [empty, cache.feed()].map(entries);
     }""",
     )
     assert fed == [
@@ -467,7 +475,8 @@ def test_a_cache_goes_by_the_graphs_names_and_holds_nothing_else(module):
 
 
 def test_sampling_follows_the_distribution_and_is_greedy_at_zero(module):
-    draw = "({sample}) => [0, 0.24, 0.26, 0.49, 0.51, 0.999].map((r) => sample(Float32Array.of(%s), %s, () => r))"
+    draw = "({sample}) => [0, 0.24, 0.26, 0.49, 0.51, 0.999].map("
+    draw += "(r) => sample(Float32Array.of(%s), %s, () => r))"
     quarter = "Math.log(1), Math.log(1), Math.log(2)"  # probabilities 1/4, 1/4, 1/2
     assert module("gpt", draw % (quarter, 1)) == [0, 0, 1, 1, 2, 2]
     assert module("gpt", draw % (quarter, 0)) == [2] * 6
@@ -478,9 +487,12 @@ def test_sampling_follows_the_distribution_and_is_greedy_at_zero(module):
 def test_the_loop_reads_the_prompt_once_and_stops_at_the_context(module):
     calls = """async ({stream}) => {
         const reads = [], model = {config: {block_size: 5}, forget: () => reads.push('forget'),
-            read: async (tokens) => { reads.push([...tokens]); return Float32Array.of(0, 1, 0); }};
-        const text = [];
-        for await (const token of stream(model, [2, 0, 2], {count: 9, cached: %s})) text.push(token);
+            read: async (tokens) => {
+                reads.push([...tokens]);
+                return Float32Array.of(0, 1, 0);
+            }};
+        const text = [], options = {count: 9, cached: %s};
+        for await (const token of stream(model, [2, 0, 2], options)) text.push(token);
         return {reads, text};
     }"""
     assert module("gpt", calls % "true") == {
@@ -504,7 +516,10 @@ def test_parts_are_timed_in_turns_and_each_by_itself(module):
         let order = '', clock = 0; // a clock that the parts alone move on
         performance.now = () => clock;
         try {
-            const parts = [() => { order += 'a'; clock += 3; }, () => { order += 'b'; clock += 0.5; }];
+            const parts = [
+                () => { order += 'a'; clock += 3; },
+                () => { order += 'b'; clock += 0.5; },
+            ];
             const seconds = await timed(parts);
             return [order, seconds];
         } finally { performance.now = real; }
@@ -518,9 +533,8 @@ def test_a_prediction_is_the_sum_of_three_parts_that_do_not_know_the_model(page,
     start(page, precision="fp32")
     status(page)
     words = page.text_content(".terms")
-    assert re.findall(r" ms (of matrix products|of attention|for what stands between)", words) == [
-        "of matrix products", "of attention", "for what stands between",
-    ]  # fmt: skip
+    parts = ["of matrix products", "of attention", "for what stands between"]
+    assert re.findall(rf" ms ({'|'.join(parts)})", words) == parts
     for name in ("fp32", "attention", "between"):
         assert about["calibration"][name] == f"calibrate-{name}.onnx"
         assert [url for url in page.asked if url.endswith(f"/calibrate-{name}.onnx")]

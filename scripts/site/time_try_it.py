@@ -1,10 +1,11 @@
-"""How fast the model in the page is, predicted and measured, in a headless Chromium: a table that the book keeps.
+"""How fast the model in the page is, predicted and measured, in a headless Chromium.
 
-python scripts/site/time_try_it.py [ROUNDS]      after `make book`, on a machine that does nothing else; 5 rounds by default
+python scripts/site/time_try_it.py [ROUNDS]      5 rounds by default
 
-A round visits each way to run in a browser context of its own, with nothing loaded. There the page runs twice: the
-first run says when the first token comes, cold; the second is warm, for by then the browser has compiled for speed.
-All numbers are those that the page shows.
+After `make book`, on a machine that does nothing else; the book keeps the table. A round visits
+each way to run in a browser context of its own, with nothing loaded. There the page runs twice:
+the first run says when the first token comes, cold; the second is warm, for by then the browser
+has compiled for speed. All numbers are those that the page shows.
 """
 
 import json
@@ -29,7 +30,8 @@ RECORD = ROOT / "assets" / "results" / "try_it" / "speeds.json"
 PAGE = "book/try_it.html"
 WAIT = 300_000  # ms
 IDLE = "document.querySelector('.try-it').dataset.state === 'idle'"
-VERSION = "import(new URL('../try_it/ort/ort.wasm.bundle.min.mjs', location)).then((ort) => ort.env.versions.web)"
+VERSION = "import(new URL('../try_it/ort/ort.wasm.bundle.min.mjs', location))"
+VERSION += ".then((ort) => ort.env.versions.web)"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def number(cell: str) -> float:
 
 
 def visit(page: Any, way: Way) -> dict[str, float]:
-    """Run the page, opened anew, twice as `way` says: milliseconds, and the products' GB/s where the page shows it."""
+    """Milliseconds of the page, opened anew and run twice as `way` says; and GB/s if shown."""
 
     def cells(table: int, key: str) -> list[str]:
         row = page.locator(".results table").nth(table).locator(f'tr[data-key="{key}"]')
@@ -104,7 +106,7 @@ def summary(rounds: Iterable[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def keep(record: dict[str, Any], path: Path = RECORD) -> None:
-    """Write a record into the file, in place of an older one of its machine; those of other machines stay."""
+    """Write a record into the file, in the place of an older one of its machine."""
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     others = [other for other in there if other["machine"] != record["machine"]]
     write_atomically(path, (json.dumps([*others, record], indent=1) + "\n").encode())
@@ -155,7 +157,7 @@ def main() -> None:
     )
     if chromium is None:
         sys.exit(
-            "There is no Chromium here; install it (on Debian and Ubuntu: apt-get install chromium)."
+            "There is no Chromium here; install it (Debian, Ubuntu: apt install chromium)."
         )
     if not (site / "try_it" / "models" / "models.json").exists():
         sys.exit("The model in the page is not built; run `make book` first.")
