@@ -210,3 +210,13 @@ def test_what_graphviz_complains_of_is_passed_on(monkeypatch):
     monkeypatch.setattr(graph_drawing.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(OSError, match=r"drew nothing: syntax error\.$"):
         draw_graph(perceptron(), "A layer.")
+
+
+def test_a_notebook_stores_a_drawing_once(exports):
+    """IPython's own text of a value is made beside the picture: it must not be the HTML again."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    drawing = draw_graph(exports["onnx"], "A block.")
+    data, _ = InteractiveShell.instance().display_formatter.format(drawing)
+    assert data["text/plain"] == "Figure: A block."
+    assert sum("<svg" in str(value) for value in data.values()) == 1

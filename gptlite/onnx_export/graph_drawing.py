@@ -38,6 +38,10 @@ class Drawing(str):
     alt: str
     heading: str | None
 
+    def __repr__(self) -> str:
+        # what a notebook stores as the output's text: else all of the HTML once more
+        return f"Figure: {self.alt}"
+
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return data and metadata of the output, when IPython asks for them."""
         scale = f"-Gdpi={72 * PIXELS}"  # a point of the drawing is a pixel of the page
