@@ -213,7 +213,7 @@ def test_what_graphviz_complains_of_is_passed_on(monkeypatch):
 
 
 def test_a_notebook_stores_a_drawing_once(exports):
-    """IPython's own text of a value is made beside the picture: it must not be the HTML again."""
+    """IPython's own text of a value is made beside the picture: not the HTML again."""
     from IPython.core.interactiveshell import InteractiveShell
 
     drawing = draw_graph(exports["onnx"], "A block.")

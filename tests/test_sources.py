@@ -116,8 +116,9 @@ numpy==2.2.6;  python_version < "3.11"
 
 netron>=9.3,<10  # not exactly
 """
+    numpy = 'numpy==2.4.6; python_version >= "3.11" | numpy==2.2.6; python_version < "3.11"'
     assert sources.pins(requirements) == {
         "torch": "torch==2.13.0",
-        "numpy": 'numpy==2.4.6; python_version >= "3.11" | numpy==2.2.6; python_version < "3.11"',
+        "numpy": numpy,
         "netron": "netron>=9.3,<10",
     }

@@ -122,7 +122,8 @@ def test_the_address_is_set_and_committed_once_by_the_workflow(tmp_path):
         "git config user.name t && git config user.email t@example.org && git add -A && "
         f"git commit -qm Begin && git remote add origin {remote} && git push -qu origin main"
     )
-    subprocess.run(["bash", "-ec", begin], check=True, capture_output=True)
+    done = subprocess.run(["bash", "-ec", begin], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     environment = os.environ | {"ADDRESS": "https://github.com/Ann/book"}
     environment["PATH"] = f"{Path(os.sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for _ in range(2):
@@ -135,7 +136,11 @@ def test_the_address_is_set_and_committed_once_by_the_workflow(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     log = subprocess.run(
-        ["git", "log", "--format=%s"], cwd=remote, capture_output=True, text=True, check=True
+        ["git", "log", "--format=%s", "main"],
+        cwd=remote,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert log == "Set the address of this repository\nBegin\n"
     left = [p.name for p in clone.rglob("*.ipynb") if "OWNER/REPO" in p.read_text()]
