@@ -62,7 +62,7 @@ def table() -> str:
 
 
 def rungs() -> list[tuple[str, float, str]]:
-    """Technique, tokens per second and gain over no cache of each rung, from the stored table."""
+    """Technique, tokens per second and gain over no cache of each rung, as stored."""
     rows = re.findall(r"<tr>(.*?)</tr>", kept(read("quantization"), "rung3"))
     header, *rest = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
     name, speed, gain = map(header.index, ("technique", "tokens/s", "over no cache"))
@@ -73,7 +73,7 @@ def rungs() -> list[tuple[str, float, str]]:
 
 
 def picture() -> bytes:
-    """The ladder as a PNG: a bar for each rung, its tokens per second and its gain at its end."""
+    """The ladder as a PNG: a bar for each rung, its speed and its gain at its end."""
     import matplotlib as mpl
 
     mpl.use("agg")
