@@ -221,3 +221,19 @@ def test_the_app_s_place_names_what_is_downloaded(tmp_path):
 def test_without_the_app_its_place_says_so(tmp_path):
     text = book_extension.try_it(tmp_path)
     assert "left out" in text and "<form" not in text
+
+
+def test_the_app_takes_the_place_of_the_fallback(tmp_path, monkeypatch):
+    """The page is written while the app is made: with the fallback, which the app replaces."""
+    monkeypatch.setattr(
+        book_extension, "try_it", lambda app: f"<p>the model of {app.name}</p>\n"
+    )
+    [node] = book_extension.TryIt.run(None)
+    page = tmp_path / "book" / "try_it.html"
+    book_extension.place_app(tmp_path, tmp_path / "models")  # a book without such a page
+    page.parent.mkdir()
+    page.write_text(f"<main>{node.astext()}</main>")
+    book_extension.place_app(tmp_path, tmp_path / "models")
+    assert page.read_text().replace("\n", "") == "<main><p>the model of models</p></main>"
+    with pytest.raises(ValueError, match="no place for the app"):
+        book_extension.place_app(tmp_path, tmp_path / "models")

@@ -296,11 +296,29 @@ def results_of_machine(recorded: Any) -> list[str]:
 
 
 class TryIt(Directive):
-    """```{try-it}```: the model in the page, and what it downloads, or why it is not there."""
+    """```{try-it}```: the place of the model in the page, and why it is not there.
+
+    The app is made while the pages are; build_book.py puts it here when both are there.
+    """
 
     def run(self) -> list[nodes.Node]:
-        """The app's HTML, or its fallback where the model was left out of this build."""
-        return [nodes.raw("", try_it(ROOT / "_build" / "apps" / "try_it"), format="html")]
+        """The fallback, which stays where the model is left out of a build."""
+        return [nodes.raw("", fallback(), format="html")]
+
+
+def fallback() -> str:
+    """The HTML that stands where the app will be."""
+    return (ROOT / "assets" / "try_it" / "fallback.html").read_text(encoding="utf-8")
+
+
+def place_app(site: Path, app: Path) -> None:
+    """Put the app into the page that has a place for it, if there is such a page."""
+    page = site / "book" / "try_it.html"
+    if page.exists():
+        text = page.read_text(encoding="utf-8")
+        if text.count(place := fallback().strip()) != 1:
+            raise ValueError(f"{page.name} has no place for the app; look at TryIt.")
+        page.write_text(text.replace(place, try_it(app).strip()), encoding="utf-8")
 
 
 def try_it(app: Path) -> str:
@@ -309,7 +327,7 @@ def try_it(app: Path) -> str:
 
     source = ROOT / "assets" / "try_it"
     if not (app / "models" / "models.json").exists():
-        return (source / "fallback.html").read_text(encoding="utf-8")
+        return fallback()
     models = json.loads((app / "models" / "models.json").read_text(encoding="utf-8"))["models"]
     runtime = (app / "ort" / "ort-wasm-simd-threaded.wasm").read_bytes()
     facts = {name: quantity(model["bytes"], "bytes") for name, model in models.items()}

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import book_extension
+
 ROOT = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"(reading sources|writing output)\.\.\. \[\s*(\d+)%\] (\S+)")
 
@@ -65,6 +67,7 @@ def main() -> None:
         sys.exit(f"make: the book was not built; see above; the whole log is in {where}.")
     if apps is not None:
         shutil.copytree(site.parent / "apps", site, dirs_exist_ok=True)
+        book_extension.place_app(site, site / "try_it")
     pages = len(list(site.rglob("*.html"))) - (site / "netron" / "index.html").exists()
     took = f"{time.perf_counter() - started:.0f} s"
     print(f"Built {pages} pages in {took}. Open {(site / 'index.html').as_uri()}")
