@@ -214,9 +214,9 @@ def test_what_graphviz_complains_of_is_passed_on(monkeypatch):
 
 def test_a_notebook_stores_a_drawing_once(exports):
     """IPython's own text of a value is made beside the picture: not the HTML again."""
-    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.core.formatters import DisplayFormatter
 
     drawing = draw_graph(exports["onnx"], "A block.")
-    data, _ = InteractiveShell.instance().display_formatter.format(drawing)
+    data, _ = DisplayFormatter().format(drawing)
     assert data["text/plain"] == "Figure: A block."
     assert sum("<svg" in str(value) for value in data.values()) == 1
